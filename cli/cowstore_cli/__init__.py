@@ -1,0 +1,1 @@
+"""The `cowstore` command: the only place that knows click, colours, exit codes and environment variables."""

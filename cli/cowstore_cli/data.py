@@ -1,0 +1,140 @@
+"""Commands that move bytes: import, export, read, write."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from typing import BinaryIO
+
+import click
+
+import cowstore
+from cowstore_cli import console, sizes
+from cowstore_cli.options import common_options, device_argument, json_option, size_option
+from cowstore_cli.session import Session, pass_session, writing
+
+CHUNK = 4 << 20
+
+_FILE = click.Path(dir_okay=False, allow_dash=True)
+
+
+@click.command("import")
+@click.argument("source", metavar="FILE", type=_FILE)
+@click.argument("name", metavar="NAME")
+@json_option
+@common_options
+@pass_session
+def import_(session: Session, source: str, name: str, as_json: bool) -> None:
+    """Import FILE, a raw disk image or a block device, as image NAME. `-` reads standard input."""
+    with session.open() as store, console.progress() as progress:
+        if source == "-":
+            made = store.import_image(sys.stdin.buffer, name, progress=progress)
+        else:
+            made = store.import_image(source, name, progress=progress)
+    console.tell(made, f"imported {source} as image {name}, {sizes.show(made.size)}", as_json)
+
+
+@click.command()
+@device_argument("name")
+@click.argument("file", metavar="FILE", type=_FILE)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@json_option
+@common_options
+@pass_session
+def export(session: Session, name: str, file: str, force: bool, as_json: bool) -> None:
+    """Write device NAME to FILE as a raw disk image, sparse. `-` writes standard output.
+
+    The file appears under its name only when it is whole. Of a clone it holds the last flush.
+    """
+    if file == "-":
+        _export_to_stdout(session, name, as_json)
+        return
+    with session.look() as store, console.progress() as progress:
+        store.export(name, file, overwrite=force, progress=progress)
+        device = store.info(name)
+    if as_json:
+        console.emit(console.plain(device) | {"file": file})
+    else:
+        console.say(f"exported {name} to {file}, {sizes.show(device.size)}")
+
+
+def _export_to_stdout(session: Session, name: str, as_json: bool) -> None:
+    if as_json:
+        raise click.UsageError("--json and the disk cannot both go to standard output")
+    if console.on_terminal():
+        raise click.UsageError("a terminal cannot show a disk; redirect standard output")
+    with session.look() as store, console.progress() as progress, store.device(name, readonly=True) as device:
+        _copy_out(device, 0, device.size, progress)
+
+
+@click.command()
+@device_argument("name")
+@size_option("--offset", "Where to start.  [default: 0]")
+@size_option("--length", "How much to read.  [default: to the end]")
+@common_options
+@pass_session
+def read(session: Session, name: str, offset: int | None, length: int | None) -> None:
+    """Print the bytes of device NAME; of a clone, those of its last flush."""
+    with session.look() as store, store.device(name, readonly=True) as device:
+        start = offset or 0
+        count = max(device.size - start, 0) if length is None else length
+        if start + count > device.size:
+            raise cowstore.RangeError(name, start, count, device.size)
+        _copy_out(device, start, count)
+
+
+def _copy_out(device: cowstore.Device, offset: int, length: int, progress: console.Progress | None = None) -> None:
+    output = sys.stdout.buffer
+    for done in range(0, length, CHUNK):
+        _write_all(output, device.pread(min(CHUNK, length - done), offset + done))
+        if progress is not None:
+            progress("export", done, length)
+    output.flush()
+
+
+def _write_all(output: BinaryIO, content: bytes) -> None:
+    """Under PYTHONUNBUFFERED standard output is a bare file, whose write() may take only a part."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[output.write(rest) :]
+
+
+@click.command()
+@device_argument("name", kind="clone")
+@size_option("--offset", "Where to start.  [default: 0]")
+@click.option(
+    "--input", "source", metavar="FILE", type=click.File("rb"), default="-", help="Read FILE, not stdin."
+)
+@json_option
+@common_options
+@pass_session
+def write(session: Session, name: str, offset: int | None, source: BinaryIO, as_json: bool) -> None:
+    """Write standard input, or a file, into clone NAME and flush it; all of it or nothing."""
+    start = offset or 0
+    with session.open() as store:
+        with writing(store, name) as device:
+            _refuse_too_long(device, start, source)
+            length = _copy_in(device, start, source)
+        now = store.info(name)
+    if as_json:
+        console.emit(console.plain(now) | {"offset": start, "length": length})
+    else:
+        console.say(f"wrote {sizes.exact(length)} into {name} at offset {start}")
+
+
+def _refuse_too_long(device: cowstore.Clone, offset: int, source: BinaryIO) -> None:
+    """A file whose length is known is refused before its first byte is written."""
+    try:
+        found = os.fstat(source.fileno())
+    except OSError:
+        return
+    if stat.S_ISREG(found.st_mode) and offset + found.st_size - source.tell() > device.size:
+        raise cowstore.RangeError(device.info.name, offset, found.st_size, device.size)
+
+
+def _copy_in(device: cowstore.Clone, offset: int, source: BinaryIO) -> int:
+    position = offset
+    while chunk := source.read(CHUNK):
+        position += device.pwrite(chunk, position)
+    return position - offset

@@ -1,0 +1,93 @@
+"""cowstore: one content-addressed store for the disks and the memory of virtual machines.
+
+    import cowstore
+    with cowstore.open("vdi.store", create=True) as store:
+        store.import_image("debian.raw", "debian")
+        desk = store.clone("debian", "desk-1")
+        desk.pwrite(b"hello", 0)
+        desk.flush()
+
+Names that need NumPy are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import errors
+from .catalog import DeviceInfo
+from .errors import (
+    BlockCorruptError,
+    CatalogCorruptError,
+    ClosedError,
+    CorruptError,
+    ExistsError,
+    FormatError,
+    InUseError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    PoisonedError,
+    RangeError,
+    ReadOnlyError,
+    SegmentCorruptError,
+    SourceError,
+    StoreError,
+)
+from .store import Store, open
+
+if TYPE_CHECKING:
+    from .clones import Clone
+    from .collector import Collection
+    from .devices import Device, Extent
+    from .differences import Change
+    from .usage import Stats, Usage
+
+__version__ = "0.1.0"
+
+_LATE = {
+    "Change": "differences",
+    "Clone": "clones",
+    "Collection": "collector",
+    "Device": "devices",
+    "Extent": "devices",
+    "Stats": "usage",
+    "Usage": "usage",
+}
+
+__all__ = [
+    "BlockCorruptError",
+    "CatalogCorruptError",
+    "Change",
+    "Clone",
+    "ClosedError",
+    "Collection",
+    "CorruptError",
+    "Device",
+    "DeviceInfo",
+    "ExistsError",
+    "Extent",
+    "FormatError",
+    "InUseError",
+    "InvalidError",
+    "NoSpaceError",
+    "NotFoundError",
+    "PoisonedError",
+    "RangeError",
+    "ReadOnlyError",
+    "SegmentCorruptError",
+    "SourceError",
+    "Stats",
+    "Store",
+    "StoreError",
+    "Usage",
+    "errors",
+    "open",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)

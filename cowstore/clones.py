@@ -1,0 +1,244 @@
+"""Clones: the write path. Unflushed blocks stay in memory, bounded, until a flush publishes them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .catalog import DeviceInfo, check_size
+from .devices import Device
+from .digest import BLOCK_SIZE
+from .errors import PoisonedError
+from .layout import DeviceRecord, Root
+from .publisher import Publisher, Workshop
+
+_DIRTY_LIMIT = 4096  # blocks, 16 MiB: beyond that they are interned before the flush
+
+
+class Lineage(Protocol):
+    """What a clone asks of its store, by its number: its name may have been changed meanwhile."""
+
+    def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]: ...
+    def seal_number(self, number: int, name: str) -> DeviceInfo: ...
+
+
+class Clone(Device):
+    """A writable device, held exclusively by this handle.
+
+    Any number of threads may use it: each read or write is done as a whole under the device's lock, in the
+    order in which the threads get it. A flush covers every write that returned before it was called; reads
+    and writes go on while it waits for the disk.
+
+    Writes are in memory, or on the disk but unpublished, until flush(). What is not flushed is lost with the
+    process, and nobody else sees it.
+    """
+
+    def __init__(
+        self, info: DeviceInfo, record: DeviceRecord, workshop: Workshop, lineage: Lineage,
+        release: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._publisher = Publisher(workshop, record)
+        super().__init__(
+            info, record.base, self._publisher.draft, workshop.environment, workshop.segments, release
+        )
+        self._lineage = lineage
+        self._dirty: dict[int, bytes] = {}
+        self._flushing = threading.Lock()
+        self._broken: BaseException | None = None
+
+    # Writing.
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        """Writes bytes; returns how many, which is all of them.
+
+        Raises:
+            RangeError: Some of it would lie outside the device.
+        """
+        view = memoryview(data).cast("B")
+        with self._writing(len(view), offset):
+            self._put(view, offset)
+        return len(view)
+
+    def zero(self, length: int, offset: int) -> None:
+        """Makes a range read as zeros. Whole blocks of it take no space any more."""
+        with self._writing(length, offset):
+            end = offset + length
+            first, last = -(-offset // BLOCK_SIZE), end // BLOCK_SIZE
+            if end == self._size:
+                last = -(-end // BLOCK_SIZE)
+            if first >= last:
+                self._put(memoryview(bytes(length)), offset)
+                return
+            self._put(memoryview(bytes(first * BLOCK_SIZE - offset)), offset)
+            self._clear(first, last)
+            if last * BLOCK_SIZE < end:
+                self._put(memoryview(bytes(end - last * BLOCK_SIZE)), last * BLOCK_SIZE)
+
+    def trim(self, length: int, offset: int) -> None:
+        """Gives a range's whole blocks back; all of the range reads as zeros afterwards."""
+        self.zero(length, offset)
+
+    def resize(self, size: int) -> None:
+        """Changes the size in bytes; durable with the next flush.
+
+        What is cut off is gone: growing again shows zeros.
+        """
+        check_size(size)
+        with self._writing(0, 0):
+            if size < self._size:
+                keep = -(-size // BLOCK_SIZE)
+                self._clear(keep, max(keep, -(-self._size // BLOCK_SIZE)))
+                cut = min(keep * BLOCK_SIZE, self._size) - size
+                if cut:
+                    self._put(memoryview(bytes(cut)), size)
+            self._publisher.draft.resize(size)
+            self._size = size
+
+    @contextmanager
+    def _writing(self, length: int, offset: int) -> Iterator[None]:
+        with self._lock:
+            self._checked(length, offset)
+            self._check_sound()
+            yield
+            if len(self._dirty) > _DIRTY_LIMIT:
+                self._stage()
+                if self._publisher.draft.is_large():
+                    self._publisher.emit()
+
+    def _check_sound(self) -> None:
+        self._segments.check_writable()
+        if self._broken is not None:
+            raise PoisonedError(str(self._broken)) from self._broken
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        number, skip = divmod(offset, BLOCK_SIZE)
+        while len(view):
+            part = min(BLOCK_SIZE - skip, len(view))
+            if part == BLOCK_SIZE:
+                self._dirty[number] = bytes(view[:BLOCK_SIZE])
+            else:
+                block = self._block(number)
+                block[skip : skip + part] = view[:part]
+                self._dirty[number] = bytes(block)
+            view, number, skip = view[part:], number + 1, 0
+            if len(self._dirty) > 4 * _DIRTY_LIMIT:
+                self._stage()
+
+    def _clear(self, first: int, end: int) -> None:
+        """Makes holes of whole blocks."""
+        if first >= end:
+            return
+        inside = range(first, end)
+        doomed = [n for n in self._dirty if n in inside] if len(self._dirty) < len(inside) else inside
+        for number in doomed:
+            self._dirty.pop(number, None)
+        self._publisher.draft.clear(first, end)
+
+    def _stage(self) -> None:
+        """Moves unflushed blocks from memory to slots."""
+        if self._dirty:
+            self._publisher.stage_scattered(self._dirty)
+            self._dirty.clear()
+
+    # Flushing.
+
+    def flush(self) -> None:
+        """Makes every write that has returned durable, and the clone's present moment with them.
+
+        Raises:
+            PoisonedError: A sync failed; nothing more can be written until the store is opened anew.
+            NoSpaceError: The disk is full. Nothing is lost: free some space and flush again.
+        """
+        if self._release is None:
+            return
+        with self._flushing:
+            try:
+                self._publisher.flush(self._lock, self._before_flush)
+            except PoisonedError as error:
+                self._broken = error
+                raise
+
+    def _before_flush(self) -> None:
+        self._check_open()
+        self._check_sound()
+        self._stage()
+
+    def _moment(self) -> Root:
+        super()._moment()
+        self._stage()
+        self._publisher.emit()
+        return self._publisher.draft.root
+
+    # Lineage.
+
+    def fork(self, *names: str) -> list[DeviceInfo]:
+        """Flushes, then gives the present moment to new clones; they and this one go on apart."""
+        self._check_open()
+        self.flush()
+        return self._lineage.fork_number(self.info.number, names)
+
+    def seal(self, name: str) -> DeviceInfo:
+        """Flushes, then publishes the present moment as an image."""
+        self._check_open()
+        self.flush()
+        return self._lineage.seal_number(self.info.number, name)
+
+    def reset(self) -> None:
+        """Goes back to the parent's moment: everything written since is dropped, flushed or not."""
+        with self._flushing, self._lock:
+            self._check_open()
+            self._check_sound()
+            self._dirty.clear()
+            self._publisher.reset(self._base)
+            self._adopt(self._base.size)
+        self.flush()
+
+    def _adopt(self, size: int) -> None:
+        self._tree = self._publisher.draft
+        self._leaves = self._tree.leaves
+        self._size = size
+
+    # As a file, and the end.
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Writes at the file position; fewer bytes at the end of the device, whose size does not grow."""
+        view = memoryview(data).cast("B")
+        with self._lock:
+            count = max(0, min(len(view), self._size - self._position))
+            self.pwrite(view[:count], self._position)
+            self._position += count
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        """Sets the size in bytes, by default to the file position."""
+        with self._lock:
+            size = self._position if size is None else size
+            self.resize(size)
+            return size
+
+    def close(self) -> None:
+        """Flushes and gives the clone back; harmless when done twice."""
+        try:
+            self.flush()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Gives the clone back without a flush: it stays as it was last flushed."""
+        with self._flushing, self._lock:
+            if self._release is not None:
+                self._dirty.clear()
+                self._publisher.close()
+        super().close()
+
+    def abandon(self) -> None:
+        """In a child made by os.fork(): nothing may be used or released, the parent owns it."""
+        self._flushing = threading.Lock()
+        super().abandon()
+

@@ -1,0 +1,71 @@
+"""Copies of the catalog: small, verified, two of them in turn.
+
+One is made before anything is erased and after a day's work, so that a lost catalog can be rebuilt from it and
+from the commit blocks that came later.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from .environment import Environment, verify_copy
+from .files import Disk
+
+_DAY = 86400.0  # seconds
+
+
+class Copies:
+    """The two copies beside a catalog.
+
+    Args:
+        disk: Makes and renames the directories.
+        directory: The store's directory.
+        environment: The catalog.
+    """
+
+    def __init__(self, disk: Disk, directory: Path, environment: Environment) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._environment = environment
+
+    def paths(self) -> list[Path]:
+        """Both places, the older or missing copy first."""
+        both = [self._directory / f"catalog.copy.{number}" for number in (0, 1)]
+        return sorted(both, key=_made)
+
+    def make(self) -> Path:
+        """Copies the catalog over the older copy, once the new one is verified and durable."""
+        target = self.paths()[0]
+        aside = target.with_name(f"{target.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        self._disk.make_directory(aside)
+        try:
+            self._environment.copy(aside)
+            verify_copy(aside, self._disk)
+            os.utime(aside)
+            old = target.with_name(f"{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                self._disk.rename(target, old)
+            self._disk.rename(aside, target)
+            self._disk.sync_directory(self._directory)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return target
+
+    def make_if_due(self) -> None:
+        """Makes a copy if the newest one is older than a day."""
+        if time.time() - _made(self.paths()[1]) > _DAY:
+            self.make()
+
+
+def _made(path: Path) -> float:
+    try:
+        return (path / "data.mdb").stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,458 @@
+"""The catalog's LMDB environment: opened with care, read in snapshots, changed one transaction at a time.
+
+LMDB gives atomic, durable transactions and readers that never wait, but no page checksums and a write lock
+without a timeout. So every record carries a checksum, the state record carries the count and the sum of all
+of them, both meta pages are vetted before LMDB maps the file, and a lock with a timeout stands before every
+write transaction. LMDB allows one handle a process and file: handles are shared and counted here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from . import layout
+from .errors import CatalogCorruptError, ClosedError, InUseError, NoSpaceError, PoisonedError, ReadOnlyError
+from .files import Disk, File
+from .layout import State
+
+STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES = TABLES = (
+    b"state", b"names", b"devices", b"segments", b"slots", b"leases",
+)  # fmt: skip
+_STATE_KEY = b"state"
+_MAP_SIZE = 1 << 40  # bytes; only address space, and never grown while open
+_MAX_READERS = 4096
+_LOCK_TIMEOUT = 30.0  # seconds
+_META = struct.Struct("<16x II QQ 16x32x 48x QQ")
+_META_MAGIC = 0xBEEFC0DE
+
+Transaction = Any  # lmdb.Transaction is generic in its stubs only
+
+
+def vet(path: Path) -> None:
+    """Checks LMDB's two meta pages and the file's length before LMDB trusts them.
+
+    LMDB falls back to the older meta page without a word, and maps a file that is too short.
+
+    Raises:
+        CatalogCorruptError: One of them is not as LMDB leaves it.
+    """
+    reason = ""
+    for _ in range(5):  # a commit between the two reads looks like damage once
+        reason = _meta_fault(path / "data.mdb")
+        if not reason:
+            return
+        time.sleep(0.01)
+    raise CatalogCorruptError(str(path), reason)
+
+
+def _meta_fault(file: Path) -> str:
+    try:
+        with open(file, "rb", buffering=0) as data:
+            first, second = data.read(152), os.pread(data.fileno(), 152, mmap_page())
+            size = os.fstat(data.fileno()).st_size
+    except FileNotFoundError:
+        return "data.mdb is missing"
+    if len(first) < 152 or len(second) < 152:
+        return "data.mdb is cut off"
+    metas = [_META.unpack(page) for page in (first, second)]
+    if any(magic != _META_MAGIC or version != 1 for magic, version, *_ in metas):
+        return "a meta page of data.mdb is damaged"
+    old, new = sorted(meta[-1] for meta in metas)
+    if new > 1 and (new - old != 1 or metas[new & 1][-1] != new):
+        return "the meta pages of data.mdb do not follow each other"
+    if size < (metas[new & 1][-2] + 1) * mmap_page():
+        return "data.mdb is shorter than its meta pages say"
+    return ""
+
+
+def mmap_page() -> int:
+    """LMDB's page size, which is the system's."""
+    return os.sysconf("SC_PAGESIZE")
+
+
+class Snapshot:
+    """A read transaction: one consistent moment of the catalog, and a pin.
+
+    While it lasts, nothing that was doomed after it began is erased.
+    """
+
+    def __init__(self, environment: Environment, txn: Transaction) -> None:
+        self._environment = environment
+        self._txn = txn
+        self._state: State | None = None
+
+    @property
+    def state(self) -> State:
+        """The catalog's state record."""
+        if self._state is None:
+            payload = self.get(STATE, _STATE_KEY)
+            if payload is None:
+                raise CatalogCorruptError(str(self._environment.path), "the state record is missing")
+            self._state = self._decode(State.decode, payload)
+        return self._state
+
+    @property
+    def txnid(self) -> int:
+        """LMDB's number for this moment."""
+        return int(self._txn.id())
+
+    def get(self, table: bytes, key: bytes) -> bytes | None:
+        """The payload of one record, verified."""
+        value = self._txn.get(key, db=self._environment.table(table))
+        return None if value is None else self._open(table, key, value)[0]
+
+    def items(self, table: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Key and payload of every record from the start key on, in the order of the keys."""
+        with self._txn.cursor(db=self._environment.table(table)) as cursor:
+            if not (cursor.set_range(start) if start else cursor.first()):
+                return
+            for key, value in cursor.iternext():
+                yield key, self._open(table, key, value)[0]
+
+    def verify(self) -> None:
+        """Every record against its checksum, all of them against the state's count and sum."""
+        records = total = 0
+        for table in TABLES:
+            with self._txn.cursor(db=self._environment.table(table)) as cursor:
+                for key, value in cursor:
+                    check = self._open(table, key, value)[1]
+                    if table is not STATE:
+                        records, total = records + 1, total + check
+        if (records, total & (1 << 64) - 1) != (self.state.records, self.state.total):
+            raise CatalogCorruptError(str(self._environment.path), "records are missing or were put back")
+
+    def _open(self, table: bytes, key: bytes, value: bytes) -> tuple[bytes, int]:
+        try:
+            return layout.open_record(table, key, value)
+        except ValueError as error:
+            raise self._corrupt(f"{table.decode()} {key.hex()}: {error}") from error
+
+    def _decode(self, decoder: Any, payload: bytes) -> Any:
+        try:
+            return decoder(payload)
+        except ValueError as error:
+            raise self._corrupt(str(error)) from error
+
+    def _corrupt(self, reason: str) -> CatalogCorruptError:
+        return CatalogCorruptError(str(self._environment.path), reason)
+
+    def close(self) -> None:
+        """Ends the pin; harmless when done twice."""
+        txn, self._txn = self._txn, None
+        if txn is not None:
+            txn.abort()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Writer(Snapshot):
+    """A write transaction: a snapshot that can change records. The state is mutable and saved at the end."""
+
+    def put(self, table: bytes, key: bytes, payload: bytes) -> None:
+        """Adds or replaces a record."""
+        self._forget(table, key)
+        value, check = layout.seal_record(table, key, payload)
+        self._txn.put(key, value, db=self._environment.table(table))
+        self.state.records += 1
+        self.state.total = (self.state.total + check) & (1 << 64) - 1
+
+    def delete(self, table: bytes, key: bytes) -> None:
+        """Removes a record; harmless when there is none."""
+        if self._forget(table, key):
+            self._txn.delete(key, db=self._environment.table(table))
+
+    def _forget(self, table: bytes, key: bytes) -> bool:
+        value = self._txn.get(key, db=self._environment.table(table))
+        if value is None:
+            return False
+        self.state.records -= 1
+        self.state.total = (self.state.total - self._open(table, key, value)[1]) & (1 << 64) - 1
+        return True
+
+    def number(self) -> int:
+        """A fresh number, never used before or again in this store."""
+        number = self.state.next_number
+        self.state.next_number += 1
+        return number
+
+    def save_state(self) -> None:
+        """Writes the state record; the last thing before the commit."""
+        self.state.revision += 1
+        value, _ = layout.seal_record(STATE, _STATE_KEY, self.state.encode())
+        self._txn.put(_STATE_KEY, value, db=self._environment.table(STATE))
+
+    def start_state(self) -> None:
+        """The state of an empty catalog."""
+        self._state = State()
+
+
+class WriteGate:
+    """The lock before every write transaction: with a timeout, and it names its holder."""
+
+    def __init__(self, disk: Disk, path: Path, timeout: float = _LOCK_TIMEOUT) -> None:
+        self._disk = disk
+        self._path = path
+        self._timeout = timeout
+        self._mutex = threading.Lock()
+        self._file: File | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Waits for the lock, at most the timeout.
+
+        Raises:
+            InUseError: Somebody, perhaps a stopped process, has held it all the time.
+        """
+        deadline = time.monotonic() + self._timeout
+        if not self._mutex.acquire(timeout=self._timeout):
+            raise InUseError("the catalog's write lock", os.getpid())
+        try:
+            file = self._lock(deadline)
+            try:
+                yield
+            finally:
+                file.unlock()
+        finally:
+            self._mutex.release()
+
+    def _lock(self, deadline: float) -> File:
+        if self._file is None:
+            self._file = self._disk.open(self._path, write=True, create=True)
+        pause = 0.0005
+        while not self._file.try_lock(exclusive=True):
+            if time.monotonic() > deadline:
+                holder = self._file.read_at(32, 0).strip().decode("ascii", "replace")
+                raise InUseError(
+                    "the catalog's write lock",
+                    int(holder) if holder.isdigit() else 0,
+                    hint="that process may be stopped; continue or end it",
+                )
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+        self._file.write_at(b"%-20d\n" % os.getpid(), 0)
+        return self._file
+
+    def close(self) -> None:
+        """Closes the lock file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Environment:
+    """A process's handle on one catalog directory, shared by every store opened on it."""
+
+    _shared: dict[tuple[int, int], Environment] = {}
+    _shared_lock = threading.Lock()
+
+    def __init__(self, path: Path, gate: WriteGate, *, readonly: bool) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.poisoned = ""
+        self._gate = gate
+        self._users = 1
+        self._pid = os.getpid()
+        try:
+            self._env: Any = lmdb.open(
+                str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=_MAX_READERS, max_spare_txns=16, mode=0o600,
+                readonly=readonly, create=not readonly, lib_version=0,
+            )  # fmt: skip
+            self._tables = {name: self._env.open_db(name, create=not readonly) for name in TABLES}
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+
+    @classmethod
+    def create(cls, path: Path, disk: Disk, gate_path: Path) -> None:
+        """Makes an empty catalog, durably."""
+        disk.make_directory(path)
+        environment = cls(path, WriteGate(disk, gate_path), readonly=False)
+        try:
+            with environment.write(fresh=True):
+                pass
+            disk.sync_directory(path)
+        finally:
+            environment._shut()
+
+    @classmethod
+    def open(cls, path: Path, disk: Disk, gate_path: Path, *, readonly: bool) -> Environment:
+        """The process's handle on a catalog, vetted and verified when it is first opened.
+
+        Raises:
+            CatalogCorruptError: It does not verify.
+        """
+        with cls._shared_lock:
+            key = _identity(path)
+            found = cls._shared.get(key)
+            if found is not None and found._pid == os.getpid() and (readonly or not found.readonly):
+                found._users += 1
+                return found
+            if found is not None and found._pid == os.getpid():
+                raise InUseError(
+                    f"catalog {path}", os.getpid(), hint="this process has it open read-only; close that first"
+                )
+            vet(path)
+            environment = cls(path, WriteGate(disk, gate_path), readonly=readonly)
+            try:
+                environment._check()
+            except BaseException:
+                environment._shut()
+                raise
+            cls._shared[key] = environment
+            return environment
+
+    def _check(self) -> None:
+        if not self.readonly:
+            self._env.reader_check()
+        with self.read() as snapshot:
+            snapshot.verify()
+
+    def table(self, name: bytes) -> Any:
+        """LMDB's handle of a table."""
+        return self._tables[name]
+
+    def read(self) -> Snapshot:
+        """A snapshot of this moment, to be closed soon: it is a pin."""
+        if self._pid != os.getpid():
+            raise ClosedError("a store must not be used by a process forked from the one that opened it")
+        try:
+            return Snapshot(self, self._env.begin())
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+
+    @contextmanager
+    def write(self, *, fresh: bool = False) -> Iterator[Writer]:
+        """One write transaction: committed and durable when the block ends, undone when it raises.
+
+        Raises:
+            InUseError: Somebody holds the write lock for too long.
+            NoSpaceError: The file system is full; nothing has changed.
+            PoisonedError: Whether it is durable is not known; the store must be opened anew.
+        """
+        if self.readonly:
+            raise ReadOnlyError(f"store {self.path.parent}", hint="it was opened read-only")
+        if self.poisoned:
+            raise PoisonedError(self.poisoned)
+        if self._pid != os.getpid():
+            raise ClosedError("a store must not be used by a process forked from the one that opened it")
+        with self._gate.held():
+            txn = self._env.begin(write=True)
+            try:
+                writer = Writer(self, txn)
+                if fresh:
+                    writer.start_state()
+                yield writer
+                writer.save_state()
+            except lmdb.Error as error:
+                txn.abort()
+                raise self._translated(error) from error
+            except BaseException:
+                txn.abort()
+                raise
+            self._commit(txn)
+
+    def _commit(self, txn: Transaction) -> None:
+        try:
+            txn.commit()
+        except lmdb.Error as error:
+            translated = self._translated(error)
+            if not isinstance(translated, NoSpaceError):
+                self.poisoned = str(error)
+                translated = PoisonedError(self.poisoned)
+            raise translated from error
+        self._keep_length()
+
+    def _keep_length(self) -> None:
+        """Extends data.mdb where LMDB left its last, unused pages unwritten, so that vet() can be strict."""
+        needed = (self._env.info()["last_pgno"] + 1) * mmap_page()
+        data = self.path / "data.mdb"
+        if os.stat(data).st_size < needed:
+            os.truncate(data, needed)
+
+    def _translated(self, error: lmdb.Error) -> Exception:
+        text = str(error)
+        if isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in text:
+            return NoSpaceError(str(self.path))
+        if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.NotFoundError)):
+            return CatalogCorruptError(str(self.path), text)
+        if os.strerror(errno.EACCES) in text or os.strerror(errno.EROFS) in text:
+            return ReadOnlyError(f"store {self.path.parent}", hint="open it read-only, or mend its permissions")
+        return PoisonedError(text)
+
+    def pins(self) -> list[tuple[int, int]]:
+        """Process id and LMDB's transaction number of every pin on the host; the dead are forgotten first."""
+        self._env.reader_check()
+        pins = []
+        for line in self._env.readers().splitlines()[1:]:
+            pid, _, txnid = line.split()
+            if txnid != "-":
+                pins.append((int(pid), int(txnid)))
+        return pins
+
+    def copy(self, path: Path) -> None:
+        """Writes a compact copy of the catalog into an empty directory, with LMDB's own means."""
+        self._env.copy(str(path), compact=True)
+
+    def size(self) -> int:
+        """Bytes that the catalog takes."""
+        return os.stat(self.path / "data.mdb").st_blocks * 512
+
+    def close(self) -> None:
+        """Gives the handle up; the last user closes the environment."""
+        with self._shared_lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._shared.pop(_identity(self.path), None)
+            self._shut()
+
+    def _shut(self) -> None:
+        self._gate.close()
+        if self._pid == os.getpid():
+            self._env.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path / "data.mdb")
+    except FileNotFoundError:
+        raise CatalogCorruptError(str(path), "data.mdb is missing") from None
+    return status.st_dev, status.st_ino
+
+
+def verify_copy(path: Path, disk: Disk) -> None:
+    """Opens a copy of a catalog by itself, checks all of it and makes it durable.
+
+    Raises:
+        CatalogCorruptError: It does not verify.
+    """
+    vet(path)
+    env: Any = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=16, readonly=True, lock=False, lib_version=0)
+    try:
+        copy = Environment.__new__(Environment)
+        copy.path = path
+        copy._env = env
+        copy._tables = {name: env.open_db(name, create=False) for name in TABLES}
+        with Snapshot(copy, env.begin()) as snapshot:
+            snapshot.verify()
+    finally:
+        env.close()
+    data = disk.open(path / "data.mdb", write=True)
+    try:
+        data.sync()
+    finally:
+        data.close()
+    disk.sync_directory(path)

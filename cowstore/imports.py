@@ -1,0 +1,142 @@
+"""Imports: bytes from outside, and what ephemeral devices leave behind, become images.
+
+An import publishes slice after slice as a hidden image, so that neither its memory nor what a crash costs
+depends on its length; the last slice gives the image its name. The disk syncs one slice while the next one is
+read and hashed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from . import layout, tree
+from .catalog import DeviceInfo
+from .digest import BLOCK_SIZE, ZERO_BLOCK
+from .errors import InvalidError
+from .layout import FANOUT_BITS, IMAGE, MAP, DeviceRecord, Root
+from .lineage import Lineage
+from .publisher import Publisher, Workshop
+from .segments import Segments
+from .sources import Source
+
+Progress = Callable[[str, int, int], None]
+_SLICE = 16384  # blocks, 64 MiB: after so many the slice is published
+
+
+class Import:
+    """One import under way.
+
+    Args:
+        workshop: Writers' tools.
+        hidden: The hidden image to fill.
+        final: What its record is to be in the end.
+    """
+
+    def __init__(self, workshop: Workshop, hidden: DeviceRecord, final: DeviceRecord) -> None:
+        self._publisher = Publisher(workshop, hidden)
+        self._final = final
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, "cowstore-import")
+        self._flushing: Future[None] | None = None
+        self._staged = 0
+
+    def read(self, source: Source, progress: Progress) -> DeviceRecord:
+        """Takes everything in; returns the published record."""
+        total = source.size
+        for offset, piece in source.pieces():
+            self._grow(source.size)
+            self._stage(offset // BLOCK_SIZE, piece)
+            progress("import", offset + len(piece), total)
+        return self._finish()
+
+    def copy(self, segments: Segments, base: Root, root: Root) -> DeviceRecord:
+        """Makes what stands on a base equal to a root of another device; blocks are stored anew or shared."""
+        self._publisher.draft.resize(root.size)
+        for index, _, ids in tree.diff(segments, base, root):
+            data = memoryview(bytearray(len(ids) * BLOCK_SIZE))
+            segments.read(ids, data)
+            self._stage(index << FANOUT_BITS, data)
+        return self._finish()
+
+    def _grow(self, size: int) -> None:
+        if size > layout.MAX_SIZE:
+            raise InvalidError(f"an image cannot have {size} bytes", hint=f"at most {layout.MAX_SIZE}")
+        if size > self._publisher.draft.root.size:
+            with self._lock:
+                self._publisher.draft.resize(size)
+
+    def _stage(self, first: int, piece: memoryview) -> None:
+        whole = len(piece) - len(piece) % BLOCK_SIZE
+        with self._lock:
+            if whole:
+                self._publisher.stage(first, piece[:whole])
+            if whole < len(piece):
+                tail = bytes(piece[whole:]) + ZERO_BLOCK[len(piece) - whole :]
+                self._publisher.stage(first + whole // BLOCK_SIZE, memoryview(tail))
+            if self._publisher.draft.is_large():
+                self._publisher.emit()
+        self._staged += len(piece) // BLOCK_SIZE
+        if self._staged >= _SLICE:
+            self._publish_slice()
+
+    def _publish_slice(self) -> None:
+        self._wait()
+        self._staged = 0
+        self._flushing = self._pool.submit(self._publisher.flush, self._lock, lambda: None)
+
+    def _wait(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+    def _finish(self) -> DeviceRecord:
+        self._wait()
+        self._publisher.final = replace(self._final, number=self._publisher.record.number)
+        self._publisher.flush(self._lock, lambda: None)
+        return self._publisher.record
+
+    def close(self) -> None:
+        """Ends it; what is not published is given up."""
+        self._pool.shutdown()
+        self._publisher.close()
+
+
+def is_durable(segments: Segments, root: Root) -> bool:
+    """Whether a root outlives a reboot: whether its top node lies in an ordinary map segment."""
+    return not root.node or segments.get(root.node >> layout.SLOT_BITS).kind == MAP
+
+
+def import_source(
+    workshop: Workshop, lineage: Lineage, source: Source, name: str, progress: Progress
+) -> DeviceInfo:
+    """Takes a source in as an image. What fails leaves nothing behind."""
+    blank = Root(layout.HOLE, layout.height_for(source.size), source.size)
+    image = DeviceRecord(0, name, IMAGE, Root(layout.HOLE, 1, 0), blank)
+    return _make_image(workshop, lineage, image, lambda job: job.read(source, progress))
+
+
+def seal_ephemeral(workshop: Workshop, lineage: Lineage, record: DeviceRecord, name: str) -> DeviceInfo:
+    """Makes an image of an ephemeral clone's last flushed moment, in ordinary segments."""
+    base = record.base if is_durable(workshop.segments, record.base) else Root(layout.HOLE, 1, 0)
+    image = DeviceRecord(0, name, IMAGE, base, base, parent=record.parent)
+    with workshop.environment.read():  # the clone may be written or deleted meanwhile
+        return _make_image(workshop, lineage, image, lambda job: job.copy(workshop.segments, base, record.root))
+
+
+def _make_image(
+    workshop: Workshop, lineage: Lineage, image: DeviceRecord, fill: Callable[[Import], DeviceRecord]
+) -> DeviceInfo:
+    lineage.check_free(image.name)
+    hidden = lineage.start_image(image, workshop.reservations.lease_number)
+    job = Import(workshop, hidden, replace(image, created=hidden.created))
+    try:
+        record = fill(job)
+    except BaseException:
+        job.close()
+        lineage.drop_hidden([hidden.number])
+        raise
+    job.close()
+    return lineage.describe(record)

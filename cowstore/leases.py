@@ -1,0 +1,113 @@
+"""Leases: lock files that say who has a device open, and which processes live.
+
+A lease is a flock on ``leases/NUMBER``, exclusive for a clone's writer and for a process, shared for readers.
+The kernel gives it up when its process ends, however it ends. Numbers are never used twice, so a lock file
+can be removed by whoever holds it exclusively; after taking one its path is looked at again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+from .errors import InUseError, StoreError
+from .files import Disk, File
+
+_PATIENCE = 5  # tries, 2 ms apart: is_held() takes a lock for a moment
+_READ_ONLY = frozenset((errno.EROFS, errno.EACCES, errno.EPERM))
+
+
+class Lease:
+    """A lock that is held. Close it to give it up."""
+
+    def __init__(self, file: File | None) -> None:
+        self._file = file
+
+    @property
+    def fd(self) -> int:
+        """The lock file's descriptor, -1 where there is none."""
+        return self._file.fd if self._file else -1
+
+    def close(self) -> None:
+        """Gives the lease up; harmless when done twice."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+class Leases:
+    """The lock files of one store.
+
+    Args:
+        disk: Opens them.
+        directory: Where they are.
+    """
+
+    def __init__(self, disk: Disk, directory: Path) -> None:
+        self._disk = disk
+        self._directory = directory
+
+    def take(self, number: int, what: str, *, exclusive: bool) -> Lease:
+        """Takes the lease of a device or process.
+
+        Raises:
+            InUseError: Somebody holds it in a way that does not go together; with the holder's pid.
+        """
+        for attempt in range(100):
+            file = self._open(number)
+            if file is None:
+                return Lease(None)  # a store on read-only media has no writers to guard against
+            if not file.try_lock(exclusive=exclusive):
+                holder = _holder(file)
+                file.close()
+                if attempt < _PATIENCE:
+                    time.sleep(0.002)
+                    continue
+                raise InUseError(what, holder, hint="close it there first")
+            if file.is_at_path():
+                _sign(file)
+                return Lease(file)
+            file.close()
+        raise StoreError(f"the lease of {what} changes all the time")
+
+    def _open(self, number: int) -> File | None:
+        path = self._directory / str(number)
+        try:
+            return self._disk.open(path, write=True, create=True)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+        try:
+            return self._disk.open(path)
+        except OSError:
+            return None
+
+    def is_held(self, number: int) -> bool:
+        """Whether somebody holds the lease now."""
+        try:
+            file = self._disk.open(self._directory / str(number))
+        except FileNotFoundError:
+            return False
+        try:
+            return not file.try_lock(exclusive=True)
+        finally:
+            file.close()
+
+    def forget(self, number: int) -> None:
+        """Removes a lock file, which the caller holds exclusively or knows to be nobody's."""
+        self._disk.unlink(self._directory / str(number))
+
+
+def _sign(file: File) -> None:
+    """Writes the holder's pid for others to see; a full disk must not keep anybody from a lease."""
+    try:
+        file.write_at(b"%-20d\n" % os.getpid(), 0)
+    except (OSError, StoreError):
+        return
+
+
+def _holder(file: File) -> int:
+    text = file.read_at(32, 0).strip()
+    return int(text) if text.isdigit() else 0

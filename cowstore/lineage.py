@@ -1,0 +1,145 @@
+"""Lineage: devices made from devices. Creating, forking, sealing, resetting, renaming and deleting.
+
+Each is one transaction on records; no block is read or written, whatever the size. By name they take the last
+flushed moment, which is what a power cut would leave, and the writer notices nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from . import catalog, layout
+from .catalog import DeviceInfo, check_name, check_size
+from .environment import Environment, Snapshot, Writer
+from .errors import InvalidError, NotFoundError
+from .layout import CLONE, HIDDEN, IMAGE, DeviceRecord, Root
+from .leases import Leases
+
+
+class Lineage:
+    """The records of one store's devices."""
+
+    def __init__(self, environment: Environment, leases: Leases) -> None:
+        self._environment = environment
+        self._leases = leases
+
+    def create(self, name: str, size: int) -> DeviceRecord:
+        """A blank clone of so many bytes."""
+        root = Root(layout.HOLE, layout.height_for(check_size(size)), size)
+        with self._environment.write() as writer:
+            return catalog.add(writer, DeviceRecord(0, check_name(name), CLONE, root, root))
+
+    def clone(self, parent: str, names: Sequence[str], *, ephemeral: bool) -> list[DeviceInfo]:
+        """Clones of an image, or of a clone's last flushed moment, in one transaction."""
+        with self._environment.write() as writer:
+            record = catalog.find(writer, parent)
+            return self._add_clones(writer, record, names, ephemeral=ephemeral)
+
+    def _add_clones(
+        self, writer: Writer, parent: DeviceRecord, names: Sequence[str], *, ephemeral: bool = False
+    ) -> list[DeviceInfo]:
+        if len(set(names)) != len(names):
+            raise InvalidError("a name stands twice among the new clones")
+        template = catalog.child_of(parent, parent.root, ephemeral=ephemeral)
+        added = catalog.add_children(writer, parent, list(names), template)
+        return [catalog.info(record, parent.name) for record in added]
+
+    def fork(self, name: str, children: Sequence[str]) -> list[DeviceInfo]:
+        """New clones that start from a clone's last flushed moment."""
+        with self._environment.write() as writer:
+            return self._add_clones(writer, catalog.find(writer, name, CLONE), children)
+
+    def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]:
+        """The same for an open clone, whose name may have changed."""
+        with self._environment.write() as writer:
+            return self._add_clones(writer, _by_number(writer, number), names)
+
+    def seal(self, record: DeviceRecord, name: str) -> DeviceInfo:
+        """A clone's last flushed moment as an image beside its parent; the clone must not be ephemeral."""
+        with self._environment.write() as writer:
+            record = _by_number(writer, record.number)
+            image = DeviceRecord(0, check_name(name), IMAGE, record.base, record.root, 0, record.parent)
+            return catalog.describe(writer, catalog.add(writer, replace(image, sequence=record.sequence)))
+
+    def reset(self, name: str) -> DeviceInfo:
+        """Puts a clone that nobody has open back to its parent's moment."""
+        with self._environment.read() as snapshot:
+            number = catalog.find(snapshot, name, CLONE).number
+        lease = self._leases.take(number, f"clone {name!r}", exclusive=True)
+        try:
+            with self._environment.write() as writer:
+                record = _by_number(writer, number, name)
+                return catalog.describe(writer, catalog.save(writer, replace(record, root=record.base)))
+        finally:
+            lease.close()
+
+    def rename(self, old: str, new: str) -> DeviceInfo:
+        """Gives a device another name, also while it is open."""
+        with self._environment.write() as writer:
+            return catalog.describe(writer, catalog.rename(writer, catalog.find(writer, old), new))
+
+    def delete(self, names: Sequence[str]) -> list[DeviceInfo]:
+        """Deletes devices, all or none; refused where one is open. Their clones keep what they need."""
+        with ExitStack() as stack:
+            with self._environment.read() as snapshot:
+                found = {name: catalog.find(snapshot, name) for name in names}
+            for name, record in found.items():
+                lease = self._leases.take(record.number, f"{catalog.KINDS[record.kind]} {name!r}", exclusive=True)
+                stack.callback(lease.close)
+            with self._environment.write() as writer:
+                return [self._delete(writer, record, name) for name, record in found.items()]
+
+    def _delete(self, writer: Writer, record: DeviceRecord, name: str) -> DeviceInfo:
+        current = _by_number(writer, record.number, name)
+        info = catalog.describe(writer, current)
+        catalog.remove(writer, current)
+        self._leases.forget(current.number)
+        return info
+
+    def hide(self, roots: Sequence[Root], owner: int) -> list[DeviceRecord]:
+        """Images without a name, which keep roots alive until they are dropped or their owner's lease ends."""
+        with self._environment.write() as writer:
+            return [
+                catalog.add(writer, DeviceRecord(0, "hidden", IMAGE, root, root, HIDDEN, owner=owner)) for root in roots
+            ]
+
+    def drop_hidden(self, numbers: Sequence[int]) -> None:
+        """Removes hidden devices; harmless where they are gone."""
+        with self._environment.write() as writer:
+            for number in numbers:
+                record = catalog.by_number(writer, number)
+                if record is not None:
+                    catalog.remove(writer, record)
+
+    def start_image(self, image: DeviceRecord, owner: int) -> DeviceRecord:
+        """A hidden image that is about to be filled; its owner's death removes it."""
+        with self._environment.write() as writer:
+            hidden = replace(image, flags=image.flags | HIDDEN, owner=owner, parent=0)
+            return catalog.add(writer, hidden)
+
+    def check_free(self, name: str) -> None:
+        """Raises ExistsError where a name is taken; before long work whose result is to have it."""
+        with self._environment.read() as snapshot:
+            catalog.check_free(snapshot, name)
+
+    def describe(self, record: DeviceRecord) -> DeviceInfo:
+        """The public facts of a record."""
+        with self._environment.read() as snapshot:
+            return catalog.describe(snapshot, record)
+
+    def purge(self) -> None:
+        """Removes the ephemeral devices of earlier boots, if there are any."""
+        with self._environment.read() as snapshot:
+            gone = any(catalog.is_gone(record) and not record.flags & layout.DELETED for record in catalog.devices(snapshot))
+        if gone:
+            with self._environment.write() as writer:
+                catalog.purge(writer)
+
+
+def _by_number(snapshot: Snapshot, number: int, name: str = "") -> DeviceRecord:
+    record = catalog.by_number(snapshot, number)
+    if record is None or record.flags & layout.DELETED:
+        raise NotFoundError("device", name or f"number {number}")
+    return record

@@ -1,0 +1,208 @@
+"""Reservations: slots that this process may write, and the process lease that vouches for them.
+
+Slots are reserved in short transactions and written outside the write lock. Publishing takes them out of the
+reservation; what a dead process leaves in one is doomed by the collector. A slot is written only if it is
+reserved by the writer and its digest is zero.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from dataclasses import replace
+
+from . import catalog, slots
+from .digest import DIGEST_SIZE, UNWRITTEN
+from .environment import Environment, Writer
+from .files import boot_id
+from .layout import DOOMED, FREE, RESERVED, SLOTS_PER_SEGMENT, USED, LeaseRecord, Run
+from .leases import Lease, Leases
+from .segments import Segments
+
+_FIRST_REFILL = 256  # slots: 1 MiB
+_LARGEST_REFILL = 1 << 14  # slots: 64 MiB
+_LONG_RUN = 16  # slots; large reservations leave shorter gaps to small ones
+_SEQUENCES = 1024
+
+
+class Reservations:
+    """This process's reserved slots, by kind of segment. Safe to use from several threads."""
+
+    def __init__(self, environment: Environment, segments: Segments, leases: Leases) -> None:
+        self._environment = environment
+        self._segments = segments
+        self._leases = leases
+        self._lock = threading.Lock()  # held while waiting for the catalog's write lock, never taken inside it
+        self._abandoned_lock = threading.Lock()
+        self._lease: Lease | None = None
+        self._number = 0
+        self._ready: dict[int, deque[Run]] = defaultdict(deque)
+        self._refill: dict[int, int] = {}
+        self._abandoned: list[Run] = []
+        self._sequence, self._sequence_end = 0, 0
+
+    @property
+    def lease_number(self) -> int:
+        """The number of this process's lease, taken when it is first asked for."""
+        with self._lock:
+            return self._ensure_lease()
+
+    @property
+    def lease_fds(self) -> list[int]:
+        """Descriptors that a forked child must close."""
+        return [self._lease.fd] if self._lease else []
+
+    def _ensure_lease(self) -> int:
+        if self._lease is None:
+            with self._environment.write() as writer:
+                number = writer.number()
+                lease = self._leases.take(number, f"process lease {number}", exclusive=True)
+                catalog.save_lease(writer, LeaseRecord(number, os.getpid(), time.time_ns(), boot_id()))
+            self._lease, self._number = lease, number
+        return self._number
+
+    def take(self, kind: int, count: int) -> list[Run]:
+        """Slots of one kind to write, so many in all, in as few runs as there are."""
+        with self._lock:
+            ready = self._ready[kind]
+            missing = count - sum(length for _, length in ready)
+            if missing > 0:
+                self._reserve(kind, missing)
+            taken = []
+            while count:
+                first, length = ready.popleft()
+                part = min(length, count)
+                taken.append((first, part))
+                count -= part
+                if part < length:
+                    ready.appendleft((first + part, length - part))
+            return taken
+
+    def give_back(self, kind: int, runs: list[Run]) -> None:
+        """Returns slots that were taken but not written."""
+        with self._lock:
+            self._ready[kind].extendleft(reversed(runs))
+
+    def abandon(self, runs: list[Run]) -> None:
+        """Slots that were written and will not be published; they are doomed at the next occasion."""
+        with self._abandoned_lock:
+            self._abandoned.extend(runs)
+
+    def _reserve(self, kind: int, missing: int) -> None:
+        size = self._refill.get(kind, _FIRST_REFILL)
+        self._refill[kind] = min(size * 2, _LARGEST_REFILL)
+        want = max(missing, size)
+        self._segments.check_writable()
+        number = self._ensure_lease()
+        while missing > 0:
+            runs = self._reserve_once(kind, number, want)
+            usable = [run for first, count in runs for run in self._clean(first, count)]
+            self._ready[kind].extend(usable)
+            missing -= sum(count for _, count in usable)
+
+    def _reserve_once(self, kind: int, lease: int, want: int) -> list[Run]:
+        shortest = 1 if want <= _FIRST_REFILL else _LONG_RUN
+        fresh = self._new_segment(kind) if self._is_full(kind, want) else 0
+        with self._environment.write() as writer:
+            if fresh:
+                catalog.save_segment(writer, fresh, kind, SLOTS_PER_SEGMENT)
+            runs: list[Run] = []
+            for number, (found, free) in catalog.segments(writer).items():
+                if found == kind and free and want > 0:
+                    part = slots.find_free(writer, number, want, shortest)
+                    runs += part
+                    want -= sum(count for _, count in part)
+            slots.change(writer, runs, FREE, RESERVED)
+            record = catalog.lease(writer, lease)
+            catalog.save_lease(writer, replace(record, runs=catalog.merge_runs([*record.runs, *runs])))
+        return runs
+
+    def _is_full(self, kind: int, want: int) -> bool:
+        shortest = 1 if want <= _FIRST_REFILL else _LONG_RUN
+        with self._environment.read() as snapshot:
+            for number, (found, free) in catalog.segments(snapshot).items():
+                if found == kind and free:
+                    part = slots.find_free(snapshot, number, want, shortest)
+                    want -= sum(count for _, count in part)
+                    if want <= 0:
+                        return False
+        return True
+
+    def _new_segment(self, kind: int) -> int:
+        with self._environment.write() as writer:
+            number = writer.number()
+        self._segments.create(number, kind)
+        return number
+
+    def _clean(self, first: int, count: int) -> list[Run]:
+        """The slots of a run whose digest is zero. Others were written under a catalog that is lost."""
+        digests = self._segments.digests(first, count)
+        if digests.count(0) == len(digests):
+            return [(first, count)]
+        clean: list[Run] = []
+        for position in range(count):
+            slot = (first + position, 1)
+            if digests[position * DIGEST_SIZE : (position + 1) * DIGEST_SIZE] == UNWRITTEN:
+                clean.append(slot)
+            else:
+                self.abandon([slot])
+        return list(catalog.merge_runs(clean))
+
+    def sequence(self, after: int) -> int:
+        """A sequence number for a commit: never used before, and higher than the given one."""
+        with self._lock:
+            if self._sequence >= self._sequence_end or self._sequence <= after:
+                with self._environment.write() as writer:
+                    self._sequence = writer.state.sequence + 1
+                    writer.state.sequence += _SEQUENCES
+                    self._sequence_end = writer.state.sequence + 1
+            number = self._sequence
+            self._sequence += 1
+            return number
+
+    def publish(self, writer: Writer, runs: list[Run]) -> None:
+        """Makes written slots used, within the transaction that makes them reachable."""
+        merged = catalog.merge_runs(runs)
+        slots.change(writer, merged, RESERVED, USED)
+        record = catalog.lease(writer, self._number)
+        with self._abandoned_lock:
+            doomed, self._abandoned = catalog.merge_runs(self._abandoned), []
+        try:
+            self._doom(writer, doomed)
+            left = catalog.subtract_runs(catalog.subtract_runs(record.runs, merged), doomed)
+            catalog.save_lease(writer, replace(record, runs=left))
+        except BaseException:
+            self.abandon(list(doomed))
+            raise
+
+    def _doom(self, writer: Writer, runs: tuple[Run, ...]) -> None:
+        if runs:
+            slots.change(writer, runs, RESERVED, DOOMED)
+            writer.state.dooms += 1
+
+    def close(self) -> None:
+        """Gives everything back: what was not written is free again, the rest is doomed."""
+        with self._lock:
+            lease, self._lease = self._lease, None
+            if lease is None:
+                return
+            try:
+                if not self._segments.poisoned:
+                    self._return_all()
+            finally:
+                lease.close()
+
+    def _return_all(self) -> None:
+        unwritten = catalog.merge_runs([run for ready in self._ready.values() for run in ready])
+        with self._environment.write() as writer:
+            record = catalog.lease(writer, self._number)
+            slots.change(writer, unwritten, RESERVED, FREE)
+            self._doom(writer, catalog.subtract_runs(record.runs, unwritten))
+            if any(device.owner == self._number for device in catalog.devices(writer)):
+                catalog.save_lease(writer, replace(record, runs=()))
+                return  # hidden devices are left: the collector removes them with the lease
+            catalog.remove_lease(writer, self._number)
+        self._leases.forget(self._number)
+        self._ready.clear()

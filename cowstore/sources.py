@@ -1,0 +1,174 @@
+"""Import sources: a file that may be sparse, a block device, or any stream of bytes."""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO, Protocol
+
+from .digest import BLOCK_SIZE
+from .errors import SourceError
+
+PIECE = 4 << 20  # bytes read at once
+
+
+class Source(Protocol):
+    """What an import reads.
+
+    Attributes:
+        name: For messages.
+        size: Bytes, 0 where it is not known before the end.
+    """
+
+    name: str
+    size: int
+
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """Offset and bytes of everything that may not be zero, in order; offsets are whole blocks.
+
+        The memory is used again for the next piece.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_source(source: str | os.PathLike[str] | BinaryIO) -> Source:
+    """Opens what is to be imported.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(os.fspath(source))
+    name = str(getattr(source, "name", "a stream"))
+    try:
+        fd = source.fileno()
+        regular = _is_random_access(fd) and source.tell() == 0
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return StreamSource(source, name)
+    return FileSource(os.dup(fd), name) if regular else StreamSource(source, name)
+
+
+def _open_path(path: str) -> Source:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(path, error.strerror or "it cannot be opened") from error
+    if _is_random_access(fd):
+        return FileSource(fd, path)
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SourceError(path, "it is a directory", hint="make an image of it first, for example with mke2fs -d")
+    return StreamSource(os.fdopen(fd, "rb", buffering=0), path, owned=True)
+
+
+def _is_random_access(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+class FileSource:
+    """A regular file or block device; holes are not read."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.name = name
+        self._fd = fd
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._buffer = memoryview(mmap.mmap(-1, PIECE))
+        self._before = os.fstat(fd)
+
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """See Source."""
+        offset = 0
+        while (span := self._next_data(offset)) is not None:
+            offset, end = span
+            while offset < end:
+                piece = self._read(min(PIECE, end - offset), offset)
+                yield offset, piece
+                offset += len(piece)
+        self._check_unchanged()
+
+    def _next_data(self, offset: int) -> tuple[int, int] | None:
+        """The next range that is not a hole, widened to whole blocks."""
+        if offset >= self.size:
+            return None
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            start, end = offset, self.size
+        start -= start % BLOCK_SIZE
+        return max(start, offset), min(-(-end // BLOCK_SIZE) * BLOCK_SIZE, self.size)
+
+    def _read(self, length: int, offset: int) -> memoryview:
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(self._fd, [self._buffer[done:length]], offset + done)
+            except OSError as error:
+                raise SourceError(self.name, f"{error.strerror} at offset {offset + done}") from error
+            if not count:
+                raise SourceError(self.name, f"it ended at {offset + done} of {self.size} bytes", hint=_HINT)
+            done += count
+        return self._buffer[:length]
+
+    def _check_unchanged(self) -> None:
+        now = os.fstat(self._fd)
+        if stat.S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) != (
+            self._before.st_size, self._before.st_mtime_ns,
+        ):  # fmt: skip
+            raise SourceError(self.name, "it was changed while it was read", hint=_HINT)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)
+
+
+_HINT = "stop what writes to it, and import it again"
+
+
+class StreamSource:
+    """Bytes in order, of a length that nobody knows."""
+
+    def __init__(self, stream: BinaryIO | io.RawIOBase, name: str, *, owned: bool = False) -> None:
+        self.name = name
+        self.size = 0
+        self._stream = stream
+        self._owned = owned
+        self._buffer = bytearray(PIECE)
+
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """See Source; the size grows with what was read."""
+        while True:
+            piece = self._fill()
+            if not len(piece):
+                return
+            offset, self.size = self.size, self.size + len(piece)
+            yield offset, piece
+            if len(piece) < PIECE:
+                return
+
+    def _fill(self) -> memoryview:
+        done = 0
+        while done < PIECE:
+            try:
+                part = self._stream.read(PIECE - done)
+            except OSError as error:
+                raise SourceError(self.name, f"{error} at offset {self.size + done}") from error
+            if not part:
+                break
+            self._buffer[done : done + len(part)] = part
+            done += len(part)
+        return memoryview(self._buffer)[:done]
+
+    def close(self) -> None:
+        """Closes the stream if it was opened here."""
+        if self._owned:
+            self._stream.close()

@@ -1,0 +1,445 @@
+"""The store: one directory, opened. This is the facade; it wires the parts and holds no logic."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+import xxhash
+
+from . import catalog, founding
+from .catalog import DeviceInfo
+from .digest import HashFunction
+from .environment import Environment
+from .errors import ClosedError, InvalidError, NoSpaceError, NotFoundError, ReadOnlyError
+from .files import Disk
+from .layout import CLONE, IMAGE, DeviceRecord
+from .leases import Lease, Leases
+from .lineage import Lineage
+from .moments import Moments
+
+if TYPE_CHECKING:
+    from .clones import Clone
+    from .collector import Collection
+    from .devices import Device
+    from .engine import Engine
+    from .segments import Segments
+    from .differences import Change
+    from .usage import Stats, Usage
+
+Progress = Callable[[str, int, int], None]
+Path_ = str | os.PathLike[str]
+_Result = TypeVar("_Result")
+_Device = TypeVar("_Device", bound="Device")
+
+
+def _no_progress(_step: str, _done: int, _total: int) -> None:
+    """For callers who do not want to know."""
+
+
+class Store:
+    """An open store. Use open() to get one, and close it or use it as a context manager.
+
+    Any number of threads may use one Store, and any number of processes one store directory. A process
+    made by os.fork() must open the store anew.
+
+    Attributes:
+        path: The store's directory.
+        readonly: Whether it was opened for reading only.
+    """
+
+    def __init__(self, path: Path, disk: Disk, function: HashFunction, *, readonly: bool) -> None:
+        self.path = path
+        self.readonly = readonly
+        self._disk = disk
+        self._function = function
+        self._identity = founding.read_identity(path)
+        self._closed = False
+        self._open: weakref.WeakSet[Device] = weakref.WeakSet()
+        self._environment = Environment.open(
+            path / "catalog", disk, path / "leases" / "writer", readonly=readonly
+        )
+        self._leases = Leases(disk, path / "leases")
+        self._lineage = Lineage(self._environment, self._leases)
+        _stores.add(self)
+        if not readonly:
+            self._lineage.purge()
+
+    @cached_property
+    def _engine(self) -> Engine:
+        from .engine import Engine
+
+        self._check_open()
+        return Engine(
+            self._disk, self.path, self._identity, self._environment, self._leases, self._function,
+            readonly=self.readonly,
+        )  # fmt: skip
+
+    def _writing_engine(self) -> Engine:
+        if self.readonly:
+            raise ReadOnlyError(f"store {self.path}", hint="it was opened read-only")
+        self._engine.restore_index()
+        return self._engine
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"store {self.path} is closed", hint="open it again")
+
+    # Images and clones.
+
+    def import_image(self, source: Path_ | BinaryIO, name: str, *, progress: Progress = _no_progress) -> DeviceInfo:
+        """Takes a disk image in, under a name.
+
+        Args:
+            source: A path, or a binary file. Holes of sparse files are not read.
+            name: The image's name.
+            progress: Told ("import", bytes done, bytes in all); 0 in all where the length is not known.
+
+        Raises:
+            SourceError: It cannot be read, or changed meanwhile.
+            ExistsError: The name is taken.
+        """
+        from .imports import import_source
+        from .sources import open_source
+
+        self._check_open()
+        self._lineage.check_free(name)
+        stream = open_source(source)
+        try:
+            engine = self._writing_engine()
+            return import_source(engine.workshop, self._lineage, stream, name, progress)
+        finally:
+            stream.close()
+
+    def create(self, name: str, size: int) -> Clone:
+        """A blank clone of so many bytes, open for writing."""
+        self._check_open()
+        self._lineage.create(name, size)
+        return self._open_clone(name)
+
+    def clone(self, parent: str, name: str, *, size: int | None = None, ephemeral: bool = False) -> Clone:
+        """A private writable copy of an image, or of a clone's last flushed moment, open for writing.
+
+        Args:
+            parent: The device to start from.
+            name: The clone's name.
+            size: Bytes, not less than the parent's.
+            ephemeral: Gone after a reboot of the host; flushes are cheaper and not durable.
+        """
+        self._check_open()
+        with self._environment.read() as snapshot:
+            least = catalog.find(snapshot, parent).root.size
+        if size is not None and catalog.check_size(size) < least:
+            raise InvalidError(f"a clone of {parent!r} cannot be smaller than its {least} bytes")
+        self._lineage.clone(parent, [name], ephemeral=ephemeral)
+        clone = self._open_clone(name)
+        if size is not None and size != clone.size:
+            clone.resize(size)
+            clone.flush()
+        return clone
+
+    def clone_many(self, parent: str, names: Sequence[str], *, ephemeral: bool = False) -> list[DeviceInfo]:
+        """Clones by the thousand, in one transaction; none of them is opened."""
+        self._check_open()
+        return self._lineage.clone(parent, names, ephemeral=ephemeral)
+
+    def fork(self, name: str, *children: str) -> list[DeviceInfo]:
+        """New clones that start from a clone's last flushed moment, also while somebody writes it."""
+        self._check_open()
+        return self._lineage.fork(name, children)
+
+    def seal(self, name: str, image: str) -> DeviceInfo:
+        """Publishes a clone's last flushed moment as an image, also while somebody writes it."""
+        self._check_open()
+        with self._environment.read() as snapshot:
+            number = catalog.find(snapshot, name, CLONE).number
+        return self.seal_number(number, image)
+
+    def seal_number(self, number: int, image: str) -> DeviceInfo:
+        """The same for a clone that is known by its number. An ephemeral clone's blocks are copied."""
+        with self._environment.read() as snapshot:
+            record = catalog.by_number(snapshot, number)
+        if record is None:
+            raise NotFoundError("clone", str(number))
+        if not record.ephemeral:
+            return self._lineage.seal(record, image)
+        from .imports import seal_ephemeral
+
+        return seal_ephemeral(self._writing_engine().workshop, self._lineage, record, image)
+
+    def reset(self, name: str) -> DeviceInfo:
+        """Puts a clone back to its parent's moment; refused while it is open."""
+        self._check_open()
+        return self._lineage.reset(name)
+
+    def rename(self, old: str, new: str) -> DeviceInfo:
+        """Gives a device another name, also while it is open."""
+        self._check_open()
+        return self._lineage.rename(old, new)
+
+    def delete(self, *names: str) -> list[DeviceInfo]:
+        """Deletes devices at once, all or none; refused while one is open.
+
+        Their clones keep what they need, and lineage keeps their names. A collection frees the space.
+        """
+        self._check_open()
+        return self._despite_full_disk(lambda: self._lineage.delete(names))
+
+    def device(self, name: str, *, readonly: bool = False) -> Device:
+        """Opens an image for reading, or a clone for writing.
+
+        Args:
+            name: The device.
+            readonly: Open a clone's last flushed moment instead, which works while somebody writes it.
+        """
+        self._check_open()
+        record = self._find(name)
+        if record.kind == IMAGE:
+            return self._open_image(record)
+        return self._open_moment(name) if readonly or self.readonly else self._open_clone(name)
+
+    # What is there.
+
+    def info(self, name: str) -> DeviceInfo:
+        """What is known of a device without reading its blocks."""
+        self._check_open()
+        with self._environment.read() as snapshot:
+            return catalog.describe(snapshot, catalog.find(snapshot, name))
+
+    def devices(self) -> list[DeviceInfo]:
+        """All images and clones, sorted by name."""
+        return [info for info in self.lineage() if not info.deleted]
+
+    def lineage(self) -> list[DeviceInfo]:
+        """All images and clones, and the deleted ancestors of some, sorted by name."""
+        self._check_open()
+        with self._environment.read() as snapshot:
+            return catalog.lineage(snapshot)
+
+    def diff(self, old: str, new: str) -> Iterator[Change]:
+        """The ranges in which two devices' last flushed moments differ, in order; the cost follows the change."""
+        from .differences import changes
+
+        self._check_open()
+        with self._environment.read() as pin:
+            before, after = catalog.find(pin, old).root, catalog.find(pin, new).root
+            yield from changes(self._engine.segments, before, after)
+
+    def usage(self, name: str) -> Usage:
+        """What a device takes, shares, and would free."""
+        from . import usage
+
+        with self._environment.read() as pin:
+            return usage.usage(pin, self._engine.segments, catalog.find(pin, name))
+
+    def exclusive(self, *names: str) -> int:
+        """The bytes that deleting these devices together frees, exactly, after a collection."""
+        from . import usage
+
+        with self._environment.read() as pin:
+            numbers = {catalog.find(pin, name).number for name in names}
+            return usage.exclusive_bytes(pin, self._engine.segments, numbers)
+
+    def own_bytes(self) -> dict[str, int]:
+        """For each device the bytes that it has and its parent's moment has not."""
+        from . import usage
+
+        with self._environment.read() as pin:
+            return usage.own_bytes(pin, self._engine.segments)
+
+    def stats(self) -> Stats:
+        """The whole store in numbers."""
+        from . import usage
+
+        with self._environment.read() as pin:
+            return usage.stats(pin, self._engine.segments, len(self._engine.index), self._environment.size())
+
+    # Ways out, and upkeep.
+
+    def export(
+        self, name: str, path: Path_, *, overwrite: bool = False, progress: Progress = _no_progress
+    ) -> None:
+        """Writes a device's last flushed moment as a sparse file, which appears when it is complete.
+
+        Args:
+            name: The device.
+            path: The file to be made.
+            overwrite: Replace a file that is there.
+            progress: Told ("export", bytes done, bytes in all).
+        """
+        from .exports import Export
+
+        self._check_open()
+        job = Export(Path(path), overwrite=overwrite)
+        with self._moments.held(lambda pin: [catalog.find(pin, name)]) as (record,):
+            job.write_tree(self._engine.segments, record.root, progress)
+
+    def backup(self, path: Path_, *, progress: Progress = _no_progress) -> None:
+        """Makes a consistent copy of the whole store, while it is in use; ephemeral devices stay behind."""
+        from .backup import Backup, records_to_keep
+
+        self._check_open()
+        job = Backup(self._disk, self._engine.segments, self._engine.hasher, Path(path))
+        with self._moments.held(records_to_keep) as records:
+            job.write(records, progress)
+
+    def collect(self, *, dry_run: bool = False, progress: Progress = _no_progress) -> Collection:
+        """Frees what no device reaches any more; readers and writers go on meanwhile."""
+        from .collector import Collector
+        from .copies import Copies
+
+        engine = self._writing_engine()
+        copies = Copies(self._disk, self.path, self._environment)
+        collector = Collector(
+            self._environment, engine.segments, self._leases, engine.index, copies, self._disk, progress
+        )
+        lock = self.path / "leases" / "collector"
+        return self._despite_full_disk(lambda: collector.run(lock, dry_run=dry_run))
+
+    # Opening devices.
+
+    @cached_property
+    def _moments(self) -> Moments:
+        engine = self._engine
+        owner = None if self.readonly else lambda: engine.reservations.lease_number
+        return Moments(self._environment, self._lineage, owner)
+
+    def _find(self, name: str) -> DeviceRecord:
+        with self._environment.read() as snapshot:
+            return catalog.find(snapshot, name)
+
+    def _opened(self, record: DeviceRecord, lease: Lease) -> DeviceRecord:
+        """The record as it is now that the lease is held; the device may have been deleted before."""
+        with self._environment.read() as snapshot:
+            current = catalog.by_number(snapshot, record.number)
+        if current is None or not current.visible:
+            lease.close()
+            raise NotFoundError(catalog.KINDS[record.kind], record.name)
+        self._engine.segments.refresh()
+        return current
+
+    def _open_image(self, record: DeviceRecord) -> Device:
+        from .devices import Device
+
+        lease = self._leases.take(record.number, f"image {record.name!r}", exclusive=False)
+        record = self._opened(record, lease)
+        view = self._engine.view(record.root)
+        return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, lease.close))
+
+    def _open_moment(self, name: str) -> Device:
+        from .devices import Device
+
+        (record,), release = self._moments.take(lambda pin: [catalog.find(pin, name)])
+        self._engine.segments.refresh()
+        view = self._engine.view(record.root)
+        return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, release))
+
+    def _open_clone(self, name: str) -> Clone:
+        from .clones import Clone
+
+        workshop = self._writing_engine().workshop
+        record = self._find(name)
+        lease = self._leases.take(record.number, f"clone {name!r}", exclusive=True)
+        record = self._opened(record, lease)
+        info = self._lineage.describe(record)
+        return self._keep(Clone(info, record, workshop, self, lease.close))
+
+    @property
+    def _reading(self) -> tuple[Environment, Segments]:
+        return self._environment, self._engine.segments
+
+    def _keep(self, device: _Device) -> _Device:
+        self._open.add(device)
+        return device
+
+    def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]:
+        """fork() for a clone that is known by its number."""
+        return self._lineage.fork_number(number, names)
+
+    def _despite_full_disk(self, action: Callable[[], _Result]) -> _Result:
+        """Gives the reserve up where a full disk keeps anybody from making room."""
+        reserve = self.path / "reserve"
+        try:
+            result = action()
+        except NoSpaceError:
+            if not reserve.exists():
+                raise
+            self._disk.unlink(reserve)
+            return action()
+        return result
+
+    # The end.
+
+    def close(self) -> None:
+        """Closes every open device, clones with a flush, and the store; harmless when done twice."""
+        if self._closed:
+            return
+        with ExitStack() as stack:
+            stack.callback(self._environment.close)
+            if "_engine" in self.__dict__:
+                stack.callback(self._engine.close)
+                stack.callback(self._moments.sweep)
+            for device in list(self._open):
+                stack.callback(device.close)
+        self._closed = True
+
+    def _abandon(self) -> None:
+        """In a child made by os.fork(): the parent owns everything."""
+        if self._closed:
+            return
+        self._closed = True
+        for device in list(self._open):
+            device.abandon()
+        if "_engine" in self.__dict__:
+            self._engine.abandon()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Store {str(self.path)!r}{', closed' if self._closed else ''}>"
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _abandon_stores() -> None:
+    for store in list(_stores):
+        store._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_stores)
+
+
+def open(  # noqa: A001 - the name that every store of this kind has
+    path: Path_,
+    *,
+    create: bool = False,
+    readonly: bool = False,
+    _disk: Disk | None = None,
+    _hash: HashFunction = xxhash.xxh3_128_digest,
+) -> Store:
+    """Opens a store.
+
+    Args:
+        path: Its directory.
+        create: Make an empty one where there is none.
+        readonly: Open it for reading only; writes raise ReadOnlyError.
+
+    Raises:
+        NotFoundError: There is no such directory.
+        FormatError: It is not a store, or one that this version cannot use.
+        CatalogCorruptError: Its catalog does not verify.
+    """
+    directory, disk = Path(path), _disk or Disk()
+    if create and not readonly and not (directory / "store.json").exists():
+        founding.found(directory, disk)
+    return Store(directory, disk, _hash, readonly=readonly)

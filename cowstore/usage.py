@@ -1,0 +1,141 @@
+"""Space: what a device takes, what it shares, and what its deletion would free, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import catalog, slots, tree
+from .digest import BLOCK_SIZE
+from .environment import Snapshot
+from .layout import DOOMED, FREE, IMAGE, RESERVED, SLOTS_PER_SEGMENT, USED, DeviceRecord, Root
+from .marks import Marks
+from .segments import Segments
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a device takes, in bytes.
+
+    Attributes:
+        virtual: Its size.
+        allocated: What is not a hole.
+        inherited: Of that, what its parent's moment has at the same place.
+        own: Of that, the rest.
+        exclusive: What deleting the device frees after a collection: blocks and nodes nobody else reaches.
+    """
+
+    virtual: int
+    allocated: int
+    inherited: int
+    own: int
+    exclusive: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a store holds.
+
+    Attributes:
+        images: Images by name.
+        clones: Clones by name.
+        segments: Segment files.
+        virtual: Sum of all devices' sizes, bytes.
+        allocated: Sum of what their trees name, bytes; what it would take without any sharing.
+        used: Bytes of slots that are in use, nodes and garbage not yet collected included.
+        reserved: Bytes of slots that writers hold ready.
+        doomed: Bytes of slots waiting to be erased.
+        free: Bytes of slots that can be written within the segments there are.
+        index_entries: Digests in the index, about.
+        file_bytes: What the segment files take on the disk.
+        catalog_bytes: What the catalog takes on the disk.
+    """
+
+    images: int
+    clones: int
+    segments: int
+    virtual: int
+    allocated: int
+    used: int
+    reserved: int
+    doomed: int
+    free: int
+    index_entries: int
+    file_bytes: int
+    catalog_bytes: int
+
+
+def usage(snapshot: Snapshot, segments: Segments, record: DeviceRecord) -> Usage:
+    """The usage of one device."""
+    own = inherited = 0
+    for _, before, now in tree.pairs(segments, record.base, record.root):
+        solid = now != 0
+        same = int(np.count_nonzero(solid & (before == now)))
+        inherited += same
+        own += int(np.count_nonzero(solid)) - same
+    exclusive = exclusive_bytes(snapshot, segments, {record.number})
+    return Usage(
+        record.root.size, (own + inherited) * BLOCK_SIZE, inherited * BLOCK_SIZE, own * BLOCK_SIZE, exclusive
+    )
+
+
+def exclusive_bytes(snapshot: Snapshot, segments: Segments, numbers: Collection[int]) -> int:
+    """Bytes of slots that only these devices reach: what deleting them all frees."""
+    kept: list[Root] = []
+    gone: list[Root] = []
+    for record in catalog.devices(snapshot):
+        if not catalog.is_gone(record):
+            (gone if record.number in numbers else kept).extend((record.base, record.root))
+    marks = Marks(segments)
+    marks.mark(kept)
+    return marks.mark(gone) * BLOCK_SIZE
+
+
+def own_bytes(snapshot: Snapshot, segments: Segments) -> dict[str, int]:
+    """For each visible device, by name, the bytes that it has and its parent's moment has not."""
+    known: dict[tuple[Root, Root], int] = {}
+    found = {}
+    for record in catalog.devices(snapshot):
+        if record.visible and not catalog.is_gone(record):
+            key = (record.base, record.root)
+            if key not in known:
+                known[key] = _changed(segments, *key)
+            found[record.name] = known[key]
+    return found
+
+
+def _changed(segments: Segments, base: Root, root: Root) -> int:
+    blocks = 0
+    for _, before, now in tree.diff(segments, base, root):
+        blocks += int(np.count_nonzero((now != 0) & (before != now)))
+    return blocks * BLOCK_SIZE
+
+
+def stats(snapshot: Snapshot, segments: Segments, index_entries: int, catalog_bytes: int) -> Stats:
+    """The whole store in numbers."""
+    shown = [record for record in catalog.devices(snapshot) if record.visible and not catalog.is_gone(record)]
+    images = sum(record.kind == IMAGE for record in shown)
+    numbers = catalog.segments(snapshot)
+    counts = np.zeros(4, np.int64)
+    for number in numbers:
+        counts += np.bincount(slots.load_segment(snapshot, number), minlength=4)
+    assert counts.sum() == len(numbers) * SLOTS_PER_SEGMENT
+    size = {state: int(counts[state]) * BLOCK_SIZE for state in (FREE, RESERVED, USED, DOOMED)}
+    return Stats(
+        images, len(shown) - images, len(numbers), sum(record.root.size for record in shown),
+        _allocated(segments, shown), size[USED], size[RESERVED], size[DOOMED], size[FREE], index_entries,
+        segments.file_bytes(), catalog_bytes,
+    )  # fmt: skip
+
+
+def _allocated(segments: Segments, records: list[DeviceRecord]) -> int:
+    """Bytes that all trees name; equal roots are counted by one walk."""
+    by_root: dict[Root, int] = {}
+    total = 0
+    for record in records:
+        if record.root not in by_root:
+            by_root[record.root] = sum(int(np.count_nonzero(ids)) for _, ids in tree.leaves(segments, record.root))
+        total += by_root[record.root]
+    return total * BLOCK_SIZE

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Install the system packages that the tests use, where that is ours to do: as root on Debian or Ubuntu.
+# Elsewhere nothing happens, and a test that misses a program is skipped with its name.
+set -eu
+
+# A program of each package, and the package. Only what is missing is installed.
+packages='
+    mke2fs      e2fsprogs
+    qemu-img    qemu-utils
+    mkfs.xfs    xfsprogs
+    mkfs.btrfs  btrfs-progs
+    unshare     util-linux
+    mount       mount
+'
+
+[ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
+
+PATH=$PATH:/usr/sbin:/sbin
+missing=$(echo "$packages" | while read -r program package; do
+    [ -z "$program" ] || command -v "$program" >/dev/null || echo "$package"
+done)
+[ -n "$missing" ] || exit 0
+
+echo "system-packages: installing" $missing
+export DEBIAN_FRONTEND=noninteractive
+# shellcheck disable=SC2086  # one word a package
+{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
+    echo "system-packages: that failed; tests that need them will say so" >&2
