@@ -11,6 +11,7 @@ from pathlib import Path
 from .blocks import Interner
 from .collector import rebuild_index
 from .committer import Committer
+from .copies import Copies
 from .digest import HashFunction, Hasher
 from .environment import Environment
 from .files import Disk
@@ -31,6 +32,7 @@ class Engine:
         reservations: Those that this process may write.
         index: The hint where equal blocks may be.
         workshop: What writers work with.
+        copies: The catalog's copies.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Engine:
         )
         self.reservations = Reservations(environment, self.segments, leases)
         self.index = Index.open(directory / "index", identity.seed, disk, readonly=readonly)
+        self.copies = Copies(disk, directory, environment)
+        self._readonly = readonly
         committer = Committer(environment, self.segments, self.reservations)
         self.workshop = Workshop(
             environment, self.segments, self.reservations, self.hasher, committer, self._interner
@@ -79,6 +83,8 @@ class Engine:
         """Gives reservations back and closes every file."""
         try:
             self.reservations.close()
+            if not self._readonly and not self.segments.poisoned:
+                self.copies.make_if_due()
         finally:
             self.index.close()
             self.segments.close()

@@ -271,10 +271,11 @@ class Segments:
         self.check_writable()
         files = [self.get(number).file for number in numbers]
         try:
-            if len(files) == 1:
-                files[0].sync()
-            elif files:
-                list(self._workers().map(File.sync, files))
+            others = [self._workers().submit(file.sync) for file in files[1:]]
+            for file in files[:1]:
+                file.sync()  # here rather than by a worker: that saves a change of threads
+            for other in others:
+                other.result()
         except OSError as error:
             self.poisoned = f"sync of a segment: {error.strerror}"
             raise PoisonedError(self.poisoned) from error

@@ -20,12 +20,13 @@ from .layout import CHUNK_BYTES, CHUNK_SLOTS, CHUNKS_PER_SEGMENT, FREE, SLOT_BIT
 States = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
+Planes = tuple[int, int]  # the low and the high bit of 4,096 states
+_ALL = (1 << CHUNK_SLOTS) - 1
 
 
 def load(snapshot: Snapshot, segment: int, chunk: int) -> States:
     """The states of one chunk: an array of 4,096 that the caller may change."""
-    payload = snapshot.get(SLOTS, layout.chunk_key(segment, chunk))
-    return np.full(CHUNK_SLOTS, FREE, np.uint8) if payload is None else _decode(payload)
+    return _unpack(_load_planes(snapshot, segment, chunk))
 
 
 def load_segment(snapshot: Snapshot, segment: int) -> States:
@@ -35,30 +36,51 @@ def load_segment(snapshot: Snapshot, segment: int) -> States:
         owner, chunk = layout.key_chunk(key)
         if owner != segment:
             break
-        states[chunk] = _decode(payload)
+        states[chunk] = _unpack(_decode(payload))
     return states.reshape(-1)
-
-
-def _decode(payload: bytes) -> States:
-    if len(payload) == 1 and payload[0] <= layout.DOOMED:
-        return np.full(CHUNK_SLOTS, payload[0], np.uint8)
-    if len(payload) != CHUNK_BYTES:
-        raise CatalogCorruptError("catalog", "a chunk of slot states has a wrong length")
-    planes = np.unpackbits(np.frombuffer(payload, np.uint8).reshape(2, -1), axis=1)
-    return np.asarray(planes[0] | planes[1] << 1, np.uint8)
 
 
 def store(writer: Writer, segment: int, chunk: int, states: States) -> None:
     """Writes the states of one chunk."""
+    packed = np.packbits(np.stack((states & 1, states >> 1)), axis=1, bitorder="little")
+    low, high = (int.from_bytes(plane.tobytes(), "little") for plane in packed)
+    _store_planes(writer, segment, chunk, (low, high))
+
+
+# A plane is one bit of every slot's state, as one large integer: a run of slots is a mask, and changing it takes
+# a microsecond without NumPy.
+
+
+def _load_planes(snapshot: Snapshot, segment: int, chunk: int) -> Planes:
+    payload = snapshot.get(SLOTS, layout.chunk_key(segment, chunk))
+    return (0, 0) if payload is None else _decode(payload)
+
+
+def _decode(payload: bytes) -> Planes:
+    if len(payload) == 1 and payload[0] <= layout.DOOMED:
+        return payload[0] % 2 * _ALL, payload[0] // 2 * _ALL
+    if len(payload) != CHUNK_BYTES:
+        raise CatalogCorruptError("catalog", "a chunk of slot states has a wrong length")
+    half = CHUNK_BYTES // 2
+    return int.from_bytes(payload[:half], "little"), int.from_bytes(payload[half:], "little")
+
+
+def _unpack(planes: Planes) -> States:
+    raw = b"".join(plane.to_bytes(CHUNK_BYTES // 2, "little") for plane in planes)
+    low, high = np.unpackbits(np.frombuffer(raw, np.uint8).reshape(2, -1), axis=1, bitorder="little")
+    return np.asarray(low | high << 1, np.uint8)
+
+
+def _store_planes(writer: Writer, segment: int, chunk: int, planes: Planes) -> None:
     key = layout.chunk_key(segment, chunk)
-    first = int(states[0])
-    if not (states == first).all():
-        planes = np.packbits(np.stack((states & 1, states >> 1)), axis=1)
-        writer.put(SLOTS, key, planes.tobytes())
-    elif first == FREE:
+    low, high = planes
+    if planes == (0, 0):
         writer.delete(SLOTS, key)
+    elif low in (0, _ALL) and high in (0, _ALL):
+        writer.put(SLOTS, key, bytes((bool(low) + 2 * bool(high),)))
     else:
-        writer.put(SLOTS, key, bytes((first,)))
+        half = CHUNK_BYTES // 2
+        writer.put(SLOTS, key, low.to_bytes(half, "little") + high.to_bytes(half, "little"))
 
 
 class StateReader:
@@ -94,20 +116,20 @@ def change(writer: Writer, runs: Iterable[Run], old: int, new: int) -> None:
     Raises:
         CatalogCorruptError: A slot among them is not in the old state.
     """
-    by_chunk: dict[tuple[int, int], list[slice]] = defaultdict(list)
-    freed: dict[int, int] = defaultdict(int)
+    by_chunk: dict[tuple[int, int], int] = defaultdict(int)
+    moved: dict[int, int] = defaultdict(int)
     for first, count in runs:
-        freed[first >> SLOT_BITS] += count
-        for segment, chunk, part in _split(first, count):
-            by_chunk[segment, chunk].append(part)
-    for (segment, chunk), parts in by_chunk.items():
-        states = load(writer, segment, chunk)
-        for part in parts:
-            if not (states[part] == old).all():
-                raise CatalogCorruptError("catalog", f"slots of segment {segment} are not in the state expected")
-            states[part] = new
-        store(writer, segment, chunk, states)
-    _count_free(writer, freed, old, new)
+        moved[first >> SLOT_BITS] += count
+        for segment, chunk, mask in _masks(first, count):
+            by_chunk[segment, chunk] |= mask
+    for (segment, chunk), mask in by_chunk.items():
+        low, high = _load_planes(writer, segment, chunk)
+        if (low & mask, high & mask) != (mask * (old & 1), mask * (old >> 1)):
+            raise CatalogCorruptError("catalog", f"slots of segment {segment} are not in the state expected")
+        low = low | mask if new & 1 else low & ~mask
+        high = high | mask if new & 2 else high & ~mask
+        _store_planes(writer, segment, chunk, (low, high))
+    _count_free(writer, moved, old, new)
 
 
 def change_masked(writer: Writer, segment: int, chunk: int, mask: Mask, old: int, new: int) -> int:
@@ -122,12 +144,13 @@ def change_masked(writer: Writer, segment: int, chunk: int, mask: Mask, old: int
     return count
 
 
-def _split(first: int, count: int) -> Iterator[tuple[int, int, slice]]:
+def _masks(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """A run of slots as segment, chunk and mask of the slots in it."""
     while count:
         segment, slot = first >> SLOT_BITS, first & SLOT_MASK
         chunk, start = divmod(slot, CHUNK_SLOTS)
         length = min(count, CHUNK_SLOTS - start)
-        yield segment, chunk, slice(start, start + length)
+        yield segment, chunk, ((1 << length) - 1) << start
         first, count = first + length, count - length
 
 

@@ -291,15 +291,15 @@ class Store:
     def collect(self, *, dry_run: bool = False, progress: Progress = _no_progress) -> Collection:
         """Frees what no device reaches any more; readers and writers go on meanwhile."""
         from .collector import Collector
-        from .copies import Copies
 
         engine = self._writing_engine()
-        copies = Copies(self._disk, self.path, self._environment)
         collector = Collector(
-            self._environment, engine.segments, self._leases, engine.index, copies, self._disk, progress
+            self._environment, engine.segments, self._leases, engine.index, engine.copies, self._disk, progress
         )
         lock = self.path / "leases" / "collector"
-        return self._despite_full_disk(lambda: collector.run(lock, dry_run=dry_run))
+        collection = self._despite_full_disk(lambda: collector.run(lock, dry_run=dry_run))
+        founding.make_reserve(self.path, self._disk)
+        return collection
 
     # Opening devices.
 
