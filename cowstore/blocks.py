@@ -28,6 +28,7 @@ Positions = npt.NDArray[np.intp]
 BATCH_BLOCKS = 1024  # 4 MiB: small enough for the processor's cache, large enough for array operations
 SAME_DIGEST_LIMIT = 8
 _RECENT_LIMIT = 1 << 18
+_FEW = 4
 _log = logging.getLogger("cowstore")
 
 
@@ -83,10 +84,21 @@ class Interner:
             N block ids, 0 for blocks of zeros. They are durable once a commit has published them.
         """
         count = len(data) // BLOCK_SIZE
+        if count <= _FEW:
+            return self._intern_few(data)
         ids = np.zeros(count, np.uint64)
         for start in range(0, count, BATCH_BLOCKS):
             part = data[start * BLOCK_SIZE : (start + BATCH_BLOCKS) * BLOCK_SIZE]
             ids[start : start + BATCH_BLOCKS] = self._intern_batch(part)
+        return ids
+
+    def _intern_few(self, data: memoryview) -> Ids:
+        """The same without array operations, which cost more than they save where there are few blocks."""
+        ids = np.zeros(len(data) // BLOCK_SIZE, np.uint64)
+        for position in range(len(ids)):
+            block = data[position * BLOCK_SIZE : (position + 1) * BLOCK_SIZE]
+            if block.tobytes() != ZERO_BLOCK:
+                ids[position] = self._settle(self._hasher.digest(block), block)
         return ids
 
     def _intern_batch(self, data: memoryview) -> Ids:
@@ -187,7 +199,7 @@ class Interner:
             self._fresh.append((joined, ids))
 
     def _settle(self, digest: bytes, block: memoryview) -> int:
-        """The id for a block whose digest is known under other bytes, or stood twice in its batch."""
+        """The id for one block, whatever is known under its digest."""
         known = self._known(digest)
         for block_id in known:
             if self._holds(block_id, digest, block):
@@ -195,7 +207,7 @@ class Interner:
                 return block_id
         listed = len(known) < SAME_DIGEST_LIMIT
         block_id = int(self._write(block, np.zeros(1, np.intp), [digest], listed=listed)[0])
-        if listed:
+        if listed and known:
             self._collided[digest] = [*known, block_id]
         return block_id
 
@@ -261,6 +273,9 @@ def zero_blocks(data: memoryview, words: Words) -> slots.Mask:
 
 def _gather(data: memoryview, rows: Positions) -> list[memoryview]:
     """The blocks at these positions as few slices: neighbours in one."""
+    if len(rows) == 1:
+        at = int(rows[0]) * BLOCK_SIZE
+        return [data[at : at + BLOCK_SIZE]]
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     starts = np.concatenate(([0], breaks))
     ends = np.concatenate((breaks, [len(rows)]))

@@ -27,9 +27,9 @@ class Lineage(Protocol):
 class Clone(Device):
     """A writable device, held exclusively by this handle.
 
-    Any number of threads may use it: each read or write is done as a whole under the device's lock, in the
-    order in which the threads get it. A flush covers every write that returned before it was called; reads
-    and writes go on while it waits for the disk.
+    Any number of threads may use it: each write, and each read of more than a block, is done as a whole under
+    the device's lock, in the order in which the threads get it. A flush covers every write that returned
+    before it was called; reads and writes go on while it waits for the disk.
 
     Writes are in memory, or on the disk but unpublished, until flush(). What is not flushed is lost with the
     process, and nobody else sees it.
@@ -130,11 +130,10 @@ class Clone(Device):
         """Makes holes of whole blocks."""
         if first >= end:
             return
-        inside = range(first, end)
-        doomed = [n for n in self._dirty if n in inside] if len(self._dirty) < len(inside) else inside
-        for number in doomed:
-            self._dirty.pop(number, None)
         self._publisher.draft.clear(first, end)
+        inside = range(first, end)
+        for number in [n for n in self._dirty if n in inside] if len(self._dirty) < len(inside) else inside:
+            self._dirty.pop(number, None)
 
     def _stage(self) -> None:
         """Moves unflushed blocks from memory to slots."""
@@ -161,6 +160,7 @@ class Clone(Device):
                 raise
 
     def _before_flush(self) -> None:
+        self._epoch += 1  # see Device.pread
         self._check_open()
         self._check_sound()
         self._stage()
@@ -190,9 +190,10 @@ class Clone(Device):
         with self._flushing, self._lock:
             self._check_open()
             self._check_sound()
-            self._dirty.clear()
+            self._epoch += 1
             self._publisher.reset(self._base)
             self._adopt(self._base.size)
+            self._dirty.clear()
         self.flush()
 
     def _adopt(self, size: int) -> None:
@@ -233,6 +234,8 @@ class Clone(Device):
         """Gives the clone back without a flush: it stays as it was last flushed."""
         with self._flushing, self._lock:
             if self._release is not None:
+                self._epoch += 1
+                self._leaves = {}
                 self._dirty.clear()
                 self._publisher.close()
         super().close()

@@ -48,8 +48,9 @@ class Extent:
 class Device(io.RawIOBase):
     """An open device, read-only. Also a standard binary file object.
 
-    Any number of threads may use one device: each call is done as a whole under the device's lock. The file
-    position of read(), seek() and tell() is one for all of them, so threads use pread().
+    Any number of threads may use one device. A call is done as a whole under the device's lock; a pread() of
+    one block does without it and sees that block as a whole. The file position of read(), seek() and tell()
+    is one for all threads, so they use pread().
 
     Offsets and lengths are bytes and need not be aligned.
     """
@@ -71,6 +72,7 @@ class Device(io.RawIOBase):
         self._size = view.root.size
         self._lock = threading.RLock()
         self._position = 0
+        self._epoch = 0  # moves before anything that this device reads may be erased
 
     @property
     def name(self) -> str:
@@ -99,22 +101,29 @@ class Device(io.RawIOBase):
             RangeError: Some of it lies outside the device.
             BlockCorruptError: A block is not what was written.
         """
-        # Longer than the house likes: this is the hot path, and a call costs as much as its whole work.
-        with self._lock:
-            block = offset >> 12
+        # The hot path is longer and plainer than the house likes: a call costs as much as all of its work, and a
+        # lock as much as copying the block. So it takes none, but looks at the epoch before and after: a block
+        # that was named when the epoch was read is not erased before a flush is published, and every flush
+        # begins by moving the epoch. The unflushed blocks are looked at before the leaf, because a block that
+        # leaves them is named by its leaf first.
+        epoch = self._epoch
+        block = offset >> 12
+        skip = offset & 4095
+        if 0 < length <= 4096 - skip and offset + length <= self._size and block not in self._dirty:
             leaf = self._leaves.get(block >> 9)
-            skip = offset & 4095
-            if leaf is not None and 0 < length <= 4096 - skip and offset + length <= self._size:
-                if block not in self._dirty:
-                    block_id = leaf[block & 511]
-                    if not block_id:
-                        return bytes(length)
-                    segment = self._data.get(block_id >> 18)
-                    slot = block_id & 0x3FFFF
-                    if segment is not None and segment.verified[slot]:
-                        start = SLOTS_OFFSET + (slot << 12) + skip
-                        return segment.map[start : start + length]
-            buffer = bytearray(max(self._checked(length, offset), 0))
+            if leaf is not None:
+                block_id = leaf[block & 511]
+                if not block_id:
+                    return bytes(length)
+                segment = self._data.get(block_id >> 18)
+                slot = block_id & 0x3FFFF
+                if segment is not None and segment.verified[slot]:
+                    start = SLOTS_OFFSET + (slot << 12) + skip
+                    data = segment.map[start : start + length]
+                    if epoch == self._epoch:
+                        return data
+        with self._lock:
+            buffer = bytearray(self._checked(length, offset))
             self._read_into(memoryview(buffer), offset)
             return bytes(buffer)
 
@@ -276,6 +285,7 @@ class Device(io.RawIOBase):
         with self._lock:
             release, self._release = self._release, None
             self._leaves = {}
+            self._epoch += 1
         if release is not None:
             release()
         super().close()
