@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from .environment import Environment, verify_copy
+from .errors import NoSpaceError
 from .files import Disk
 
 _DAY = 86400.0  # seconds
@@ -37,8 +38,18 @@ class Copies:
         return sorted(both, key=_made)
 
     def make(self) -> Path:
-        """Copies the catalog over the older copy, once the new one is verified and durable."""
+        """Copies the catalog over the older copy, once the new one is verified and durable.
+
+        On a full disk the older copy goes first.
+        """
         target = self.paths()[0]
+        try:
+            return self._make(target)
+        except NoSpaceError:
+            shutil.rmtree(target, ignore_errors=True)
+            return self._make(target)
+
+    def _make(self, target: Path) -> Path:
         aside = target.with_name(f"{target.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         self._disk.make_directory(aside)

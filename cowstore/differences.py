@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from . import tree
@@ -24,11 +25,17 @@ class Change:
     length: int
 
 
-def changes(segments: Segments, old: Root, new: Root) -> Iterator[Change]:
+def changes(segments: Segments, old: Root, new: Root, pin: AbstractContextManager[object]) -> Iterator[Change]:
     """Changed ranges, merged and in order. The cost follows the change.
 
-    Where one device is longer, what it stores beyond the other's end counts as changed, holes do not.
+    Where one device is longer, what it stores beyond the other's end counts as changed, holes do not. The pin
+    is held until the end.
     """
+    with pin:
+        yield from _merged(segments, old, new)
+
+
+def _merged(segments: Segments, old: Root, new: Root) -> Iterator[Change]:
     size = max(old.size, new.size)
     start = end = -1
     for number in _changed_blocks(segments, old, new):

@@ -5,7 +5,6 @@ It is made at the first call that needs it, so that commands which only look at 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from .blocks import Interner
@@ -73,11 +72,6 @@ class Engine:
         if self.index.stale and not len(self.index):
             with self._environment.read() as snapshot:
                 rebuild_index(self.index, self.segments, snapshot)
-
-    def abandon(self) -> None:
-        """In a child made by os.fork(): locks that the parent holds must not live on here."""
-        for fd in self.reservations.lease_fds:
-            os.close(fd)
 
     def close(self) -> None:
         """Gives reservations back and closes every file."""

@@ -404,7 +404,10 @@ class Environment:
 
     def copy(self, path: Path) -> None:
         """Writes a compact copy of the catalog into an empty directory, with LMDB's own means."""
-        self._env.copy(str(path), compact=True)
+        try:
+            self._env.copy(str(path), compact=True)
+        except lmdb.Error as error:
+            raise self._translated(error) from error
 
     def size(self) -> int:
         """Bytes that the catalog takes."""
@@ -418,6 +421,10 @@ class Environment:
                 return
             self._shared.pop(_identity(self.path), None)
             self._shut()
+
+    def abandon(self) -> None:
+        """In a child made by os.fork(): the write lock is the parent's, LMDB's handles are not touched."""
+        self._gate.close()
 
     def _shut(self) -> None:
         self._gate.close()

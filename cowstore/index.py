@@ -189,13 +189,12 @@ class _Table:
         return sum(map(self.put, keys.tolist(), ids.tolist()))
 
     def put_many(self, keys: Words, ids: Words) -> int:
-        """Adds entries in the order of their buckets; keys that stand twice among them go one by one."""
+        """Adds entries in the order of their buckets; keys met a second time go one by one."""
         if len(keys) <= _FEW_PUTS:
             return self._put_each(keys, ids)
         order = (keys * np.uint64(_MIX)).argsort()
         keys, ids = keys[order], ids[order]
         twin = np.concatenate(([False], keys[1:] == keys[:-1]))
-        twin[:-1] |= twin[1:]
         slow, fast = np.flatnonzero(twin), np.flatnonzero(~twin)
         parts = [fast[first : first + _CHUNK] for first in range(0, len(fast), _CHUNK)]
         return sum(self._place(keys[part], ids[part]) for part in parts) + self._put_each(keys[slow], ids[slow])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+import weakref
 from pathlib import Path
 
 from .errors import InUseError, StoreError
@@ -20,18 +21,24 @@ _READ_ONLY = frozenset((errno.EROFS, errno.EACCES, errno.EPERM))
 
 
 class Lease:
-    """A lock that is held. Close it to give it up."""
+    """A lock that is held. Close it to give it up.
+
+    A child made by os.fork() shares the lock: it closes its descriptor only (abandon()), while the owner
+    unlocks before it closes, so that no child keeps what its parent has given up.
+    """
 
     def __init__(self, file: File | None) -> None:
         self._file = file
 
-    @property
-    def fd(self) -> int:
-        """The lock file's descriptor, -1 where there is none."""
-        return self._file.fd if self._file else -1
-
     def close(self) -> None:
         """Gives the lease up; harmless when done twice."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.unlock()
+            file.close()
+
+    def abandon(self) -> None:
+        """Closes the descriptor, and leaves the lock to the process it came from."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -48,6 +55,7 @@ class Leases:
     def __init__(self, disk: Disk, directory: Path) -> None:
         self._disk = disk
         self._directory = directory
+        self._held: weakref.WeakSet[Lease] = weakref.WeakSet()
 
     def take(self, number: int, what: str, *, exclusive: bool) -> Lease:
         """Takes the lease of a device or process.
@@ -68,7 +76,9 @@ class Leases:
                 raise InUseError(what, holder, hint="close it there first")
             if file.is_at_path():
                 _sign(file)
-                return Lease(file)
+                lease = Lease(file)
+                self._held.add(lease)
+                return lease
             file.close()
         raise StoreError(f"the lease of {what} changes all the time")
 
@@ -83,6 +93,11 @@ class Leases:
             return self._disk.open(path)
         except OSError:
             return None
+
+    def abandon(self) -> None:
+        """In a child made by os.fork(): every lease is the parent's."""
+        for lease in list(self._held):
+            lease.abandon()
 
     def is_held(self, number: int) -> bool:
         """Whether somebody holds the lease now."""

@@ -89,14 +89,10 @@ class Lineage:
                 lease = self._leases.take(record.number, f"{catalog.KINDS[record.kind]} {name!r}", exclusive=True)
                 stack.callback(lease.close)
             with self._environment.write() as writer:
-                return [self._delete(writer, record, name) for name, record in found.items()]
-
-    def _delete(self, writer: Writer, record: DeviceRecord, name: str) -> DeviceInfo:
-        current = _by_number(writer, record.number, name)
-        info = catalog.describe(writer, current)
-        catalog.remove(writer, current)
-        self._leases.forget(current.number)
-        return info
+                deleted = [_delete(writer, record.number, name) for name, record in found.items()]
+            for record in found.values():
+                self._leases.forget(record.number)  # not before: who opens it now must find it locked, or gone
+            return deleted
 
     def hide(self, roots: Sequence[Root], owner: int) -> list[DeviceRecord]:
         """Images without a name, which keep roots alive until they are dropped or their owner's lease ends."""
@@ -136,6 +132,13 @@ class Lineage:
         if gone:
             with self._environment.write() as writer:
                 catalog.purge(writer)
+
+
+def _delete(writer: Writer, number: int, name: str) -> DeviceInfo:
+    current = _by_number(writer, number, name)
+    info = catalog.describe(writer, current)
+    catalog.remove(writer, current)
+    return info
 
 
 def _by_number(snapshot: Snapshot, number: int, name: str = "") -> DeviceRecord:

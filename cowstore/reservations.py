@@ -16,6 +16,7 @@ from dataclasses import replace
 from . import catalog, slots
 from .digest import DIGEST_SIZE, UNWRITTEN
 from .environment import Environment, Writer
+from .errors import NoSpaceError
 from .files import boot_id
 from .layout import DOOMED, FREE, RESERVED, SLOTS_PER_SEGMENT, USED, LeaseRecord, Run
 from .leases import Lease, Leases
@@ -40,6 +41,7 @@ class Reservations:
         self._number = 0
         self._ready: dict[int, deque[Run]] = defaultdict(deque)
         self._refill: dict[int, int] = {}
+        self._barren: dict[tuple[int, int], int] = {}
         self._abandoned: list[Run] = []
         self._sequence, self._sequence_end = 0, 0
 
@@ -48,11 +50,6 @@ class Reservations:
         """The number of this process's lease, taken when it is first asked for."""
         with self._lock:
             return self._ensure_lease()
-
-    @property
-    def lease_fds(self) -> list[int]:
-        """Descriptors that a forked child must close."""
-        return [self._lease.fd] if self._lease else []
 
     def _ensure_lease(self) -> int:
         if self._lease is None:
@@ -104,31 +101,40 @@ class Reservations:
 
     def _reserve_once(self, kind: int, lease: int, want: int) -> list[Run]:
         shortest = 1 if want <= _FIRST_REFILL else _LONG_RUN
-        fresh = self._new_segment(kind) if self._is_full(kind, want) else 0
+        numbers = self._search(kind, want, shortest)
+        fresh = 0 if numbers else self._new_segment(kind)
         with self._environment.write() as writer:
             if fresh:
                 catalog.save_segment(writer, fresh, kind, SLOTS_PER_SEGMENT)
             runs: list[Run] = []
-            for number, (found, free) in catalog.segments(writer).items():
-                if found == kind and free and want > 0:
-                    part = slots.find_free(writer, number, want, shortest)
-                    runs += part
-                    want -= sum(count for _, count in part)
+            for number in numbers or [fresh]:
+                part = slots.find_free(writer, number, want, shortest) if want > 0 else []
+                runs += part
+                want -= sum(count for _, count in part)
             slots.change(writer, runs, FREE, RESERVED)
             record = catalog.lease(writer, lease)
             catalog.save_lease(writer, replace(record, runs=catalog.merge_runs([*record.runs, *runs])))
         return runs
 
-    def _is_full(self, kind: int, want: int) -> bool:
-        shortest = 1 if want <= _FIRST_REFILL else _LONG_RUN
+    def _search(self, kind: int, want: int, shortest: int) -> list[int]:
+        """Segments with room for so many slots, looked for outside the write lock; none where there are none.
+
+        A segment of which only shorter gaps are left is not looked at again until its free slots change.
+        """
+        found = []
         with self._environment.read() as snapshot:
-            for number, (found, free) in catalog.segments(snapshot).items():
-                if found == kind and free:
-                    part = slots.find_free(snapshot, number, want, shortest)
-                    want -= sum(count for _, count in part)
-                    if want <= 0:
-                        return False
-        return True
+            for number, (its_kind, free) in catalog.segments(snapshot).items():
+                if its_kind != kind or not free or self._barren.get((number, shortest)) == free:
+                    continue
+                room = sum(count for _, count in slots.find_free(snapshot, number, want, shortest))
+                if room:
+                    found.append(number)
+                    want -= room
+                else:
+                    self._barren[number, shortest] = free
+                if want <= 0:
+                    break
+        return found
 
     def _new_segment(self, kind: int) -> int:
         with self._environment.write() as writer:
@@ -191,6 +197,8 @@ class Reservations:
             try:
                 if not self._segments.poisoned:
                     self._return_all()
+            except NoSpaceError:
+                return  # the lease is given up all the same, and the collector finds what it held
             finally:
                 lease.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ import xxhash
 from . import catalog, founding
 from .catalog import DeviceInfo
 from .digest import HashFunction
-from .environment import Environment
+from .environment import Environment, Snapshot
 from .errors import ClosedError, InvalidError, NoSpaceError, NotFoundError, ReadOnlyError
 from .files import Disk
 from .layout import CLONE, IMAGE, DeviceRecord
@@ -60,6 +61,8 @@ class Store:
         self._function = function
         self._identity = founding.read_identity(path)
         self._closed = False
+        self._made_engine: Engine | None = None
+        self._engine_lock = threading.Lock()
         self._open: weakref.WeakSet[Device] = weakref.WeakSet()
         self._environment = Environment.open(
             path / "catalog", disk, path / "leases" / "writer", readonly=readonly
@@ -70,15 +73,22 @@ class Store:
         if not readonly:
             self._lineage.purge()
 
-    @cached_property
+    @property
     def _engine(self) -> Engine:
-        from .engine import Engine
-
         self._check_open()
-        return Engine(
-            self._disk, self.path, self._identity, self._environment, self._leases, self._function,
-            readonly=self.readonly,
-        )  # fmt: skip
+        with self._engine_lock:
+            if self._made_engine is None:
+                from .engine import Engine
+
+                self._made_engine = Engine(
+                    self._disk, self.path, self._identity, self._environment, self._leases, self._function,
+                    readonly=self.readonly,
+                )  # fmt: skip
+            return self._made_engine
+
+    def _read(self) -> Snapshot:
+        self._check_open()
+        return self._environment.read()
 
     def _writing_engine(self) -> Engine:
         if self.readonly:
@@ -131,8 +141,7 @@ class Store:
             size: Bytes, not less than the parent's.
             ephemeral: Gone after a reboot of the host; flushes are cheaper and not durable.
         """
-        self._check_open()
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             least = catalog.find(snapshot, parent).root.size
         if size is not None and catalog.check_size(size) < least:
             raise InvalidError(f"a clone of {parent!r} cannot be smaller than its {least} bytes")
@@ -155,14 +164,13 @@ class Store:
 
     def seal(self, name: str, image: str) -> DeviceInfo:
         """Publishes a clone's last flushed moment as an image, also while somebody writes it."""
-        self._check_open()
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             number = catalog.find(snapshot, name, CLONE).number
         return self.seal_number(number, image)
 
     def seal_number(self, number: int, image: str) -> DeviceInfo:
         """The same for a clone that is known by its number. An ephemeral clone's blocks are copied."""
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             record = catalog.by_number(snapshot, number)
         if record is None:
             raise NotFoundError("clone", str(number))
@@ -207,8 +215,7 @@ class Store:
 
     def info(self, name: str) -> DeviceInfo:
         """What is known of a device without reading its blocks."""
-        self._check_open()
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             return catalog.describe(snapshot, catalog.find(snapshot, name))
 
     def devices(self) -> list[DeviceInfo]:
@@ -217,31 +224,33 @@ class Store:
 
     def lineage(self) -> list[DeviceInfo]:
         """All images and clones, and the deleted ancestors of some, sorted by name."""
-        self._check_open()
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             return catalog.lineage(snapshot)
 
     def diff(self, old: str, new: str) -> Iterator[Change]:
         """The ranges in which two devices' last flushed moments differ, in order; the cost follows the change."""
         from .differences import changes
 
-        self._check_open()
-        with self._environment.read() as pin:
+        segments, pin = self._engine.segments, self._read()
+        try:
             before, after = catalog.find(pin, old).root, catalog.find(pin, new).root
-            yield from changes(self._engine.segments, before, after)
+        except BaseException:
+            pin.close()
+            raise
+        return changes(segments, before, after, pin)
 
     def usage(self, name: str) -> Usage:
         """What a device takes, shares, and would free."""
         from . import usage
 
-        with self._environment.read() as pin:
+        with self._read() as pin:
             return usage.usage(pin, self._engine.segments, catalog.find(pin, name))
 
     def exclusive(self, *names: str) -> int:
         """The bytes that deleting these devices together frees, exactly, after a collection."""
         from . import usage
 
-        with self._environment.read() as pin:
+        with self._read() as pin:
             numbers = {catalog.find(pin, name).number for name in names}
             return usage.exclusive_bytes(pin, self._engine.segments, numbers)
 
@@ -249,14 +258,14 @@ class Store:
         """For each device the bytes that it has and its parent's moment has not."""
         from . import usage
 
-        with self._environment.read() as pin:
+        with self._read() as pin:
             return usage.own_bytes(pin, self._engine.segments)
 
     def stats(self) -> Stats:
         """The whole store in numbers."""
         from . import usage
 
-        with self._environment.read() as pin:
+        with self._read() as pin:
             return usage.stats(pin, self._engine.segments, len(self._engine.index), self._environment.size())
 
     # Ways out, and upkeep.
@@ -310,14 +319,15 @@ class Store:
         return Moments(self._environment, self._lineage, owner)
 
     def _find(self, name: str) -> DeviceRecord:
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             return catalog.find(snapshot, name)
 
     def _opened(self, record: DeviceRecord, lease: Lease) -> DeviceRecord:
         """The record as it is now that the lease is held; the device may have been deleted before."""
-        with self._environment.read() as snapshot:
+        with self._read() as snapshot:
             current = catalog.by_number(snapshot, record.number)
         if current is None or not current.visible:
+            self._leases.forget(record.number)
             lease.close()
             raise NotFoundError(catalog.KINDS[record.kind], record.name)
         self._engine.segments.refresh()
@@ -379,14 +389,16 @@ class Store:
         """Closes every open device, clones with a flush, and the store; harmless when done twice."""
         if self._closed:
             return
-        with ExitStack() as stack:
+        engine = self._made_engine
+        sweep = self._moments.sweep if engine else None
+        self._closed = True
+        with ExitStack() as stack:  # whatever fails, the rest is closed
             stack.callback(self._environment.close)
-            if "_engine" in self.__dict__:
-                stack.callback(self._engine.close)
-                stack.callback(self._moments.sweep)
+            if engine and sweep:
+                stack.callback(engine.close)
+                stack.callback(sweep)
             for device in list(self._open):
                 stack.callback(device.close)
-        self._closed = True
 
     def _abandon(self) -> None:
         """In a child made by os.fork(): the parent owns everything."""
@@ -395,8 +407,8 @@ class Store:
         self._closed = True
         for device in list(self._open):
             device.abandon()
-        if "_engine" in self.__dict__:
-            self._engine.abandon()
+        self._leases.abandon()
+        self._environment.abandon()
 
     def __enter__(self) -> Store:
         return self

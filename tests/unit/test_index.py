@@ -220,6 +220,23 @@ def test_one_digest_has_at_most_eight_ids(index, batch):
     assert recall(index, *others) == 1
 
 
+@pytest.mark.parametrize("batch", [1, 100, 300])
+def test_a_crowd_in_the_last_bucket_runs_on_at_the_first_and_is_bounded(index, batch):
+    unmix, home = pow(cowstore.index._MIX, -1, 1 << 64), ((1 << 10) - 1) << 54
+    keys = [(home + number) * unmix % (1 << 64) for number in range(300)]
+    entries = (
+        b"".join(bytes(8) + key.to_bytes(8, sys.byteorder) for key in keys),
+        np.arange(1, 301, dtype=np.uint64),
+    )
+    places = 4 * cowstore.index.PROBES
+    assert sum(index.insert(*part) for part in cut(entries, batch)) == places
+    assert recall(index, *entries) == places / 300
+    assert sum(index.candidates(digest) == ids.tolist() for digest, ids in cut(entries, 1)) == places
+    assert index.insert(*made(20_000)) == 20_000
+    assert recall(index, *entries) == places / 300
+    assert index.remove(*entries) == places
+
+
 def test_places_of_removed_entries_are_used_again(index):
     for turn in range(40):
         entries = made(1000, turn)
