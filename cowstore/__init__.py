@@ -35,7 +35,7 @@ from .errors import (
     SourceError,
     StoreError,
 )
-from .store import Store, open
+from .store import Store, open  # noqa: A004 - the name that every store of this kind has
 
 if TYPE_CHECKING:
     from .clones import Clone

@@ -35,9 +35,17 @@ _log = logging.getLogger("cowstore")
 class Index(Protocol):
     """What interning needs of the index: a hint, never the truth."""
 
-    def lookup(self, digests: bytes) -> Ids: ...
-    def candidates(self, digest: bytes) -> list[int]: ...
-    def insert(self, digests: bytes, ids: Ids) -> int: ...
+    def lookup(self, digests: bytes) -> Ids:
+        """One candidate for each digest, 0 for none."""
+        ...
+
+    def candidates(self, digest: bytes) -> list[int]:
+        """All candidates for one digest."""
+        ...
+
+    def insert(self, digests: bytes, ids: Ids) -> int:
+        """Adds entries; returns how many were new."""
+        ...
 
 
 class Interner:
@@ -52,8 +60,8 @@ class Interner:
     """
 
     def __init__(
-        self, environment: Environment, segments: Segments, reservations: Reservations, index: Index, hasher: Hasher,
-        *, ephemeral: bool = False,
+        self, environment: Environment, segments: Segments, reservations: Reservations, index: Index,
+        hasher: Hasher, *, ephemeral: bool = False,
     ) -> None:  # fmt: skip
         self.written: list[Run] = []
         self.hits: list[Ids] = []
@@ -127,7 +135,9 @@ class Interner:
         found = np.fromiter(map(self._recent.get, digests, repeat(0)), np.uint64, len(digests))
         unknown = np.flatnonzero(found == 0)
         if len(unknown):
-            joined = b"".join(digests if len(unknown) == len(digests) else [digests[at] for at in unknown.tolist()])
+            joined = b"".join(
+                digests if len(unknown) == len(digests) else [digests[at] for at in unknown.tolist()]
+            )
             hints = self._index.lookup(joined)
             known = np.flatnonzero(hints)
             if len(known):
@@ -165,7 +175,7 @@ class Interner:
         late = []
         for at in missing.tolist():
             if found[at] or new.setdefault(digests[at], at) != at:
-                late.append(at)
+                late.append(at)  # noqa: PERF401 - the condition has an effect
         return np.fromiter(new.values(), np.intp, len(new)), late
 
     def _write(self, data: memoryview, rows: Positions, digests: list[bytes], *, listed: bool = True) -> Ids:

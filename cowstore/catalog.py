@@ -138,7 +138,9 @@ def add(writer: Writer, record: DeviceRecord) -> DeviceRecord:
     return save(writer, record)
 
 
-def add_children(writer: Writer, parent: DeviceRecord, names: list[str], template: DeviceRecord) -> list[DeviceRecord]:
+def add_children(
+    writer: Writer, parent: DeviceRecord, names: list[str], template: DeviceRecord
+) -> list[DeviceRecord]:
     """Adds many children of one parent, which is counted once."""
     created = time.time_ns()
     added = []

@@ -20,8 +20,13 @@ _DIRTY_LIMIT = 4096  # blocks, 16 MiB: beyond that they are interned before the 
 class Lineage(Protocol):
     """What a clone asks of its store, by its number: its name may have been changed meanwhile."""
 
-    def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]: ...
-    def seal_number(self, number: int, name: str) -> DeviceInfo: ...
+    def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]:
+        """New clones that start from the last flushed moment."""
+        ...
+
+    def seal_number(self, number: int, name: str) -> DeviceInfo:
+        """Publishes the last flushed moment as an image."""
+        ...
 
 
 class Clone(Device):
@@ -244,4 +249,3 @@ class Clone(Device):
         """In a child made by os.fork(): nothing may be used or released, the parent owns it."""
         self._flushing = threading.Lock()
         super().abandon()
-

@@ -27,8 +27,18 @@ from .errors import InUseError
 from .files import Disk
 from .index import Index
 from .layout import (
-    CHUNK_SLOTS, CHUNKS_PER_SEGMENT, DATA, DOOMED, FREE, RESERVED, SLOT_BITS, SLOTS_PER_SEGMENT, USED, Root, Run,
-)  # fmt: skip
+    CHUNK_SLOTS,
+    CHUNKS_PER_SEGMENT,
+    DATA,
+    DOOMED,
+    FREE,
+    RESERVED,
+    SLOT_BITS,
+    SLOTS_PER_SEGMENT,
+    USED,
+    Root,
+    Run,
+)
 from .leases import Leases
 from .marks import Marks
 from .segments import Segments
@@ -38,7 +48,6 @@ Mask = npt.NDArray[np.bool_]
 _PATIENCE = 5.0  # seconds to wait for old pins
 _KEEP_RUN = 16  # slots: shorter runs keep their space on the disk, punching costs more than it gives
 _SLICE = 0.02  # seconds that one transaction may take before the next one begins
-_ROOTS_AT_ONCE = 64  # new roots that may be marked inside a transaction
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ class Collector:
     """One run of the collector over one store."""
 
     def __init__(
-        self, environment: Environment, segments: Segments, leases: Leases, index: Index, copies: Copies, disk: Disk,
-        progress: Progress,
+        self, environment: Environment, segments: Segments, leases: Leases, index: Index, copies: Copies,
+        disk: Disk, progress: Progress,
     ) -> None:  # fmt: skip
         self._environment = environment
         self._segments = segments
@@ -91,6 +100,7 @@ class Collector:
         """
         begun = time.monotonic()
         with self._turn(lock):
+            self._segments.refresh()
             if not dry_run:
                 self._reap()
             garbage = self._mark()
@@ -161,28 +171,28 @@ class Collector:
 
     def _doom(self, garbage: dict[int, Mask]) -> int:
         """Dooms, in short transactions; returns how many slots."""
-        doomed = 0
+        doomed, known = 0, -1
         todo = [(number, chunk) for number in garbage for chunk in range(CHUNKS_PER_SEGMENT)]
         while todo:
-            self._catch_up()
+            known = self._catch_up(known)
             with self._environment.write() as writer:
                 begun = time.monotonic()
-                self._marks.mark(live_roots(writer))
+                if writer.state.revision != known:
+                    self._marks.mark(live_roots(writer))
                 while todo and time.monotonic() - begun < _SLICE:
                     number, chunk = todo.pop()
                     doomed += self._doom_chunk(writer, number, chunk, garbage[number])
                 writer.state.dooms += 1
+                known = writer.state.revision + 1
             self._progress("doom", doomed, 0)
         return doomed
 
-    def _catch_up(self) -> None:
-        """Marks roots that came since, outside any transaction, until few are left."""
-        for _ in range(10):
-            with self._environment.read() as pin:
-                roots = [root for root in live_roots(pin) if not self._marks.knows(root)]
-                if len(roots) < _ROOTS_AT_ONCE:
-                    return
-                self._marks.mark(roots)
+    def _catch_up(self, known: int) -> int:
+        """Marks roots that came since a revision, outside any transaction; returns the revision that is marked."""
+        with self._environment.read() as pin:
+            if pin.state.revision != known:
+                self._marks.mark(live_roots(pin))
+            return pin.state.revision
 
     def _doom_chunk(self, writer: Writer, number: int, chunk: int, garbage: Mask) -> int:
         part = slice(chunk * CHUNK_SLOTS, (chunk + 1) * CHUNK_SLOTS)
@@ -227,7 +237,9 @@ class Collector:
         if self._segments.get(number).kind != DATA:
             return
         first = number << SLOT_BITS
-        digests = np.frombuffer(self._segments.digests(first, SLOTS_PER_SEGMENT), np.uint8).reshape(-1, DIGEST_SIZE)
+        digests = np.frombuffer(self._segments.digests(first, SLOTS_PER_SEGMENT), np.uint8).reshape(
+            -1, DIGEST_SIZE
+        )
         ids = np.concatenate([np.arange(start, start + count, dtype=np.uint64) for start, count in runs])
         self._index.remove(digests[(ids - np.uint64(first)).astype(np.intp)].tobytes(), ids)
 
@@ -299,5 +311,3 @@ def _pieces(runs: list[Run]) -> list[tuple[int, int, Mask]]:
             flat[start : start + count] = True
         pieces += [(number, chunk, mask[chunk]) for chunk in np.flatnonzero(mask.any(axis=1)).tolist()]
     return pieces
-
-

@@ -22,7 +22,7 @@ from .segments import Segments
 Ids = npt.NDArray[np.uint64]
 
 
-class StaleHits(Exception):
+class StaleHits(Exception):  # noqa: N818 - no failure: the flush stores those blocks anew and goes on
     """Blocks that a flush shares were doomed since it looked them up; it has to store them anew.
 
     Attributes:
@@ -93,7 +93,7 @@ class Committer:
             self._segments.sync(sorted({first >> 18 for first, _ in durable}))
             with self._environment.write() as writer:
                 self._publish(writer, group)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to every caller, each raises it
             for flush in group:
                 flush.error = flush.error or error
         finally:
@@ -142,4 +142,3 @@ def stale_hits(writer: Writer, flush: Flush) -> Ids:
     if own:
         gone = gone[~(np.any(own, axis=0) & states.are(gone, RESERVED))]
     return gone
-

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -309,7 +310,7 @@ def _runs(ids: Ids, inherited: Ids, start: int, offset: int, end: int) -> Iterat
     """The runs within one leaf that starts at a byte offset, as far as they lie between offset and end."""
     kinds = (ids != 0).astype(np.int8) + 2 * (ids != inherited)
     edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         low, high = max(start + first * BLOCK_SIZE, offset), min(start + last * BLOCK_SIZE, end)
         if low < high:
             yield Extent(low, high - low, bool(kinds[first] & 1), bool(kinds[first] & 2))

@@ -159,14 +159,18 @@ class Draft(TreeView):
         runs = reservations.take(self._kind, len(keys))
         before = self.root
         try:
-            nodes = self._link(keys, [block_id for first, count in runs for block_id in range(first, first + count)])
+            nodes = self._link(
+                keys, [block_id for first, count in runs for block_id in range(first, first + count)]
+            )
             self._write(reservations, hasher, runs, [node.cast("B") for node in nodes])
         except BaseException:
             self.root = before
             raise
         self.changed.clear()
 
-    def write_commit(self, reservations: Reservations, hasher: Hasher, device: DeviceRecord, data: list[Run]) -> None:
+    def write_commit(
+        self, reservations: Reservations, hasher: Hasher, device: DeviceRecord, data: list[Run]
+    ) -> None:
         """Writes the commit block of a flush, or several where its list of slots is long.
 
         Args:
@@ -198,7 +202,9 @@ class Draft(TreeView):
                 self._inner[level + 1, index >> FANOUT_BITS][index & FANOUT_MASK] = node_id
         return nodes
 
-    def _write(self, reservations: Reservations, hasher: Hasher, runs: list[Run], blocks: Sequence[Buffer]) -> None:
+    def _write(
+        self, reservations: Reservations, hasher: Hasher, runs: list[Run], blocks: Sequence[Buffer]
+    ) -> None:
         """Writes blocks to slots of which there may be too many; those are returned."""
         digests = hasher.digests(blocks)
         done = 0

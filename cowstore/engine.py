@@ -11,7 +11,7 @@ from .blocks import Interner
 from .collector import rebuild_index
 from .committer import Committer
 from .copies import Copies
-from .digest import HashFunction, Hasher
+from .digest import Hasher, HashFunction
 from .environment import Environment
 from .files import Disk
 from .index import Index

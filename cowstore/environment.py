@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lmdb
 
@@ -256,7 +256,7 @@ class WriteGate:
 class Environment:
     """A process's handle on one catalog directory, shared by every store opened on it."""
 
-    _shared: dict[tuple[int, int], Environment] = {}
+    _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
     _shared_lock = threading.Lock()
 
     def __init__(self, path: Path, gate: WriteGate, *, readonly: bool) -> None:

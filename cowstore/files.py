@@ -113,7 +113,10 @@ class File:
             self.write_at(bytes(min(1 << 20, offset + length - start)), start)
 
     def sync(self) -> None:
-        """fdatasync. A failure must never be tried again: the second call would succeed without the data."""
+        """Makes what was written durable, with fdatasync.
+
+        A failure must never be tried again: the second call would succeed without the data.
+        """
         os.fdatasync(self.fd)
 
     def map(self, length: int) -> mmap.mmap:
@@ -121,7 +124,7 @@ class File:
         return mmap.mmap(self.fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def try_lock(self, *, exclusive: bool) -> bool:
-        """flock without waiting; a lock of the other sort is given up for it. False if somebody holds it."""
+        """A flock, without waiting; a lock of the other sort is given up for it. False if somebody holds it."""
         try:
             fcntl.flock(self.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,7 +24,9 @@ def found(path: Path, disk: Disk) -> None:
         FormatError: Something else is there.
     """
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise FormatError(str(path), "it is not a store, and not empty", hint="name a directory that is not there yet")
+        raise FormatError(
+            str(path), "it is not a store, and not empty", hint="name a directory that is not there yet"
+        )
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         disk.make_directory(aside)

@@ -154,6 +154,7 @@ class State:
     total: int = 0
 
     def encode(self) -> bytes:
+        """The payload of its record."""
         return _STATE.pack(
             FORMAT_VERSION, 0, 0, self.revision, self.next_number, self.sequence, self.dooms, self.erasure,
             self.records, self.total,
@@ -161,6 +162,7 @@ class State:
 
     @classmethod
     def decode(cls, payload: bytes) -> State:
+        """The inverse of encode(). Raises ValueError."""
         if len(payload) != _STATE.size:
             raise ValueError("the state record has a wrong length")
         version, _, _, *numbers = _STATE.unpack(payload)
@@ -223,13 +225,16 @@ class DeviceRecord:
 
     @property
     def ephemeral(self) -> bool:
+        """Whether it is gone after a reboot."""
         return bool(self.flags & EPHEMERAL)
 
     @property
     def visible(self) -> bool:
+        """Whether it goes by its name."""
         return not self.flags & (HIDDEN | DELETED)
 
     def encode(self) -> bytes:
+        """The payload of its record."""
         name = self.name.encode()
         return _DEVICE.pack(
             self.kind, self.flags, self.base.height, self.root.height, self.children,
@@ -239,6 +244,7 @@ class DeviceRecord:
 
     @classmethod
     def decode(cls, number: int, payload: bytes) -> DeviceRecord:
+        """The inverse of encode(). Raises ValueError."""
         if len(payload) < _DEVICE.size:
             raise ValueError("a device record is cut off")
         (kind, flags, base_height, height, children, base, base_size, root, size,
@@ -276,10 +282,12 @@ class LeaseRecord:
     runs: tuple[Run, ...] = ()
 
     def encode(self) -> bytes:
+        """The payload of its record."""
         return _LEASE.pack(self.pid, self.created, self.boot) + encode_runs(self.runs)
 
     @classmethod
     def decode(cls, number: int, payload: bytes) -> LeaseRecord:
+        """The inverse of encode(). Raises ValueError."""
         if len(payload) < _LEASE.size:
             raise ValueError("a lease record is cut off")
         pid, created, boot = _LEASE.unpack_from(payload)

@@ -98,7 +98,8 @@ class Lineage:
         """Images without a name, which keep roots alive until they are dropped or their owner's lease ends."""
         with self._environment.write() as writer:
             return [
-                catalog.add(writer, DeviceRecord(0, "hidden", IMAGE, root, root, HIDDEN, owner=owner)) for root in roots
+                catalog.add(writer, DeviceRecord(0, "hidden", IMAGE, root, root, HIDDEN, owner=owner))
+                for root in roots
             ]
 
     def drop_hidden(self, numbers: Sequence[int]) -> None:
@@ -128,7 +129,10 @@ class Lineage:
     def purge(self) -> None:
         """Removes the ephemeral devices of earlier boots, if there are any."""
         with self._environment.read() as snapshot:
-            gone = any(catalog.is_gone(record) and not record.flags & layout.DELETED for record in catalog.devices(snapshot))
+            gone = any(
+                catalog.is_gone(record) and not record.flags & layout.DELETED
+                for record in catalog.devices(snapshot)
+            )
         if gone:
             with self._environment.write() as writer:
                 catalog.purge(writer)

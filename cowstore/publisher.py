@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -76,7 +77,7 @@ class Publisher:
             self.draft.set_ids(numbers[0], ids)
             return
         edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             self.draft.set_ids(numbers[start], ids[start:end])
 
     def emit(self) -> None:
@@ -110,7 +111,9 @@ class Publisher:
         if self.draft.root == self.record.root and self.final is None:
             return None
         reservations = self._workshop.reservations
-        after = replace(self.final or self.record, root=self.draft.root, sequence=reservations.sequence(self.record.sequence))
+        after = replace(
+            self.final or self.record, root=self.draft.root, sequence=reservations.sequence(self.record.sequence)
+        )
         self._pending.append(self._interner)
         self._interner = self._workshop.interner(self.record.ephemeral)
         data = [run for interner in self._pending for run in interner.written]

@@ -61,7 +61,14 @@ class Segments:
     """
 
     def __init__(
-        self, disk: Disk, directory: Path, hasher: Hasher, store_id: bytes, erasure: Callable[[], int], *, writable: bool
+        self,
+        disk: Disk,
+        directory: Path,
+        hasher: Hasher,
+        store_id: bytes,
+        erasure: Callable[[], int],
+        *,
+        writable: bool,
     ) -> None:
         self.opened: dict[int, Segment] = {}
         self.data: dict[int, Segment] = {}  # those of them that hold data: Device.pread looks here
@@ -124,7 +131,9 @@ class Segments:
             raise SegmentCorruptError(path, f"it has {file.size()} bytes instead of {SEGMENT_SIZE}")
         stamp = layout.decode_stamps(header)
         if stamp > self._erasure():
-            raise FormatError(path, "the catalog is older than the last erasure here", hint="restore a newer catalog")
+            raise FormatError(
+                path, "the catalog is older than the last erasure here", hint="restore a newer catalog"
+            )
         return kind, stamp
 
     def refresh(self) -> None:

@@ -34,7 +34,9 @@ class Source(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes what was opened."""
+        ...
 
 
 def open_source(source: str | os.PathLike[str] | BinaryIO) -> Source:

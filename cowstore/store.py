@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from .clones import Clone
     from .collector import Collection
     from .devices import Device
+    from .differences import Change
     from .engine import Engine
     from .segments import Segments
-    from .differences import Change
     from .usage import Stats, Usage
 
 Progress = Callable[[str, int, int], None]
@@ -64,9 +64,7 @@ class Store:
         self._made_engine: Engine | None = None
         self._engine_lock = threading.Lock()
         self._open: weakref.WeakSet[Device] = weakref.WeakSet()
-        self._environment = Environment.open(
-            path / "catalog", disk, path / "leases" / "writer", readonly=readonly
-        )
+        self._environment = Environment.open(path / "catalog", disk, path / "leases" / "writer", readonly=readonly)
         self._leases = Leases(disk, path / "leases")
         self._lineage = Lineage(self._environment, self._leases)
         _stores.add(self)
@@ -102,7 +100,9 @@ class Store:
 
     # Images and clones.
 
-    def import_image(self, source: Path_ | BinaryIO, name: str, *, progress: Progress = _no_progress) -> DeviceInfo:
+    def import_image(
+        self, source: Path_ | BinaryIO, name: str, *, progress: Progress = _no_progress
+    ) -> DeviceInfo:
         """Takes a disk image in, under a name.
 
         Args:

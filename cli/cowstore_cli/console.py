@@ -95,11 +95,15 @@ def name(devices: Sequence[cowstore.DeviceInfo]) -> str:
     return f"{devices[0].name} ... {devices[-1].name} ({len(devices):,} devices)"
 
 
+def no_bars(_step: str, _done: int, _total: int) -> None:
+    """For files and pipes."""
+
+
 @contextmanager
-def progress() -> Iterator[Progress | None]:
-    """A callback that draws bars on stderr while the block runs; None where nobody would see them."""
+def progress() -> Iterator[Progress]:
+    """A callback that draws bars on stderr while the block runs; it draws none where nobody would see them."""
     if not sys.stderr.isatty():
-        yield None
+        yield no_bars
         return
     from cowstore_cli import drawing
 

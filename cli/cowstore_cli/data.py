@@ -81,15 +81,14 @@ def read(session: Session, name: str, offset: int | None, length: int | None) ->
         count = max(device.size - start, 0) if length is None else length
         if start + count > device.size:
             raise cowstore.RangeError(name, start, count, device.size)
-        _copy_out(device, start, count)
+        _copy_out(device, start, count, console.no_bars)
 
 
-def _copy_out(device: cowstore.Device, offset: int, length: int, progress: console.Progress | None = None) -> None:
+def _copy_out(device: cowstore.Device, offset: int, length: int, progress: console.Progress) -> None:
     output = sys.stdout.buffer
     for done in range(0, length, CHUNK):
         _write_all(output, device.pread(min(CHUNK, length - done), offset + done))
-        if progress is not None:
-            progress("export", done, length)
+        progress("export", done, length)
     output.flush()
 
 

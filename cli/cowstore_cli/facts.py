@@ -132,8 +132,7 @@ def du(session: Session, names: tuple[str, ...], as_json: bool) -> None:
         wanted = names or tuple(one.name for one in store.devices())
         usages = []
         for done, name in enumerate(wanted):
-            if progress is not None:
-                progress("usage", done, len(wanted))
+            progress("usage", done, len(wanted))
             usages.append(store.usage(name))
     if as_json:
         console.emit([{"name": name} | console.plain(usage) for name, usage in zip(wanted, usages, strict=True)])

@@ -1,0 +1,323 @@
+"""`python -m cowstore_cli.demo`: the store's main job on a real file system, and the proof that it was done.
+
+An ext4 disk is built of real files of this machine and imported; a thousand clones are made; files are changed in
+a few of them; one is forked while it is being written, one is sealed. What comes out is checked by e2fsck, by
+debugfs and byte by byte. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import cowstore
+from cowstore_cli import demo_disk, demo_proofs, sizes
+from cowstore_cli.demo_disk import BLOCK, LOG, LOG_BLOCKS
+from cowstore_cli.demo_proofs import ProofError
+
+_EDITED = ("desk-1", "desk-2", "desk-3")
+_FLUSH_EVERY = 32  # records
+
+
+class Steps:
+    """What was done, how long it took, and what there is to say of it."""
+
+    def __init__(self, console: Console) -> None:
+        self.rows: list[tuple[str, float, str]] = []
+        self.proofs = 0
+        self._console = console
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[list[str]]:
+        """One step; its remarks go into the list."""
+        remarks: list[str] = []
+        begun = time.monotonic()
+        with self._console.status(f"{what} ..."):
+            yield remarks
+        self.rows.append((what, time.monotonic() - begun, ", ".join(remarks)))
+
+    def proved(self) -> None:
+        """One proof more holds."""
+        self.proofs += 1
+
+    def show(self) -> None:
+        """Prints the table of all steps."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.add_column("step", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
+        table.add_column("", style="dim")
+        for what, seconds, remark in self.rows:
+            table.add_row(what, f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms", remark)
+        total = sum(seconds for _, seconds, _ in self.rows)
+        table.add_section()
+        table.add_row("[bold]all of it[/bold]", f"[bold]{total:.1f} s[/bold]", "")
+        self._console.print(table)
+
+
+class Writer(threading.Thread):
+    """A program in a machine: it appends records to its log, and goes on until somebody has had enough.
+
+    Attributes:
+        written: Records that were written.
+        limit: Where to stop.
+    """
+
+    def __init__(self, clone: cowstore.Clone, places: list[int]) -> None:
+        super().__init__(name="writer")
+        self.written = 0
+        self.limit = len(places)
+        self.fault: BaseException | None = None
+        self._clone = clone
+        self._places = places
+
+    def run(self) -> None:
+        """Writes, and flushes every few records."""
+        try:
+            while self.written < self.limit:
+                self._clone.pwrite(demo_disk.record(self.written), self._places[self.written])
+                self.written += 1
+                if self.written % _FLUSH_EVERY == 0:
+                    self._clone.flush()
+        except BaseException as error:  # noqa: BLE001 - told by wait(), in the thread that asks
+            self.fault = error
+
+    def wait(self, records: int) -> None:
+        """Waits until so many records are written, or the end."""
+        while self.written < records and self.is_alive():
+            time.sleep(0.0005)
+        if self.fault is not None:
+            raise self.fault
+
+
+class Demonstration:
+    """The job, step by step, in a folder of its own.
+
+    Args:
+        folder: An empty folder.
+        content: Bytes of real files, about.
+        size: Bytes of the disk.
+        clones: How many.
+        console: Where to tell of it.
+    """
+
+    def __init__(self, folder: Path, content: int, size: int, clones: int, console: Console) -> None:
+        self.steps = Steps(console)
+        self.growth = 0
+        self._folder = folder
+        self._content, self._size, self._clones = content, size, clones
+        self._disk = folder / "disk.raw"
+        self._places: list[int] = []
+        self._victims: dict[str, str] = {}
+        self._store: cowstore.Store
+
+    def run(self) -> cowstore.Stats:
+        """Does all of it; returns what the store then holds."""
+        self._build()
+        with cowstore.open(self._folder / "demo.store", create=True) as self._store:
+            self._import()
+            self._clone()
+            self._change()
+            self._fork()
+            self._seal()
+            stats = self._store.stats()
+            self._prove_exports()
+            self._prove_devices()
+        return stats
+
+    def _build(self) -> None:
+        with self.steps.step("build a disk of real files") as remarks:
+            files = self._folder / "files"
+            count, total = demo_disk.gather(files, self._content)
+            demo_disk.add_log(files)
+            demo_disk.make(self._disk, files, self._size, count)
+            chosen = sorted(path for path in files.rglob("*") if path.is_file() and path.name.isascii())
+            for name, path in zip(_EDITED, chosen[len(chosen) // 3 :], strict=False):
+                self._victims[name] = f"/{path.relative_to(files)}"
+            shutil.rmtree(files)
+            self._places = demo_disk.log_places(self._disk)
+            remarks += [f"{count:,} files, {sizes.show(total)}", f"ext4 of {sizes.show(self._size)}"]
+
+    def _import(self) -> None:
+        with self.steps.step("import it") as remarks:
+            self._store.import_image(self._disk, "machine")
+            used = self._store.stats().used
+            remarks.append(f"{sizes.show(_on_disk(self._disk))} on disk became {sizes.show(used)} of blocks")
+
+    def _clone(self) -> None:
+        before = _tree_bytes(self._store.path)
+        with self.steps.step(f"make {self._clones:,} clones") as remarks:
+            self._store.clone_many("machine", [f"desk-{number + 1}" for number in range(self._clones)])
+            self.growth = _tree_bytes(self._store.path) - before
+            remarks.append(f"the store grew by {self.growth // self._clones:,} bytes a clone")
+
+    def _copy_of(self, name: str) -> Path:
+        """The file that a device must equal."""
+        return self._folder / f"{name}.expected"
+
+    def _change(self) -> None:
+        changed = 0
+        with self.steps.step("change files in three of them") as remarks:
+            for name in _EDITED:
+                copy = self._copy_of(name)
+                self._store.export(name, copy)
+                note = self._folder / f"{name}.note"
+                note.write_bytes(_note(name))
+                commands = [f"write {note} /demo/{name}", "mkdir /demo/more", f"rm {_quoted(self._victims[name])}"]
+                demo_disk.edit(copy, commands, self._folder / "script")
+                with self._writable(name) as clone:
+                    changed += demo_proofs.bring_back(copy, clone)
+            remarks.append(f"debugfs wrote and removed files, {changed} blocks came back")
+
+    @contextmanager
+    def _writable(self, name: str) -> Iterator[cowstore.Clone]:
+        with self._store.device(name) as clone:
+            assert isinstance(clone, cowstore.Clone)
+            yield clone
+
+    def _fork(self) -> None:
+        with self.steps.step("fork one while it is being written") as remarks, self._writable("desk-1") as clone:
+            writer = Writer(clone, self._places)
+            writer.start()
+            try:
+                writer.wait(200)
+                least = writer.written
+                begun = time.monotonic()
+                clone.fork("child")
+                seconds = time.monotonic() - begun
+                most = writer.written
+            finally:
+                writer.limit = min(writer.written + 200, LOG_BLOCKS)
+                writer.join()
+            writer.wait(writer.limit)
+            if most >= writer.written:
+                raise ProofError("the writer had ended before the fork; nothing is proved by that")
+            caught = self._caught("child")
+            if not least <= caught <= most:
+                raise ProofError(f"the child has {caught} records, but had to have {least} to {most}")
+            self.steps.proved()
+            remarks.append(f"{seconds * 1000:.0f} ms; it holds {caught} records, its parent went on to {writer.written}")
+        shutil.copyfile(self._copy_of("desk-1"), self._copy_of("child"))
+        self._log_into(self._copy_of("child"), caught)
+        self._log_into(self._copy_of("desk-1"), writer.written)
+
+    def _caught(self, name: str) -> int:
+        """How many records a device's log has; they must be the first ones, without a gap."""
+        with self._store.device(name, readonly=True) as device:
+            found = [device.pread(BLOCK, place) for place in self._places]
+        count = sum(one != demo_disk.unused() for one in found)
+        if found[:count] != [demo_disk.record(number) for number in range(count)]:
+            raise ProofError(f"the log of {name} is not one moment of its parent's")
+        return count
+
+    def _log_into(self, copy: Path, records: int) -> None:
+        with open(copy, "r+b", buffering=0) as file:
+            for number in range(records):
+                os.pwrite(file.fileno(), demo_disk.record(number), self._places[number])
+
+    def _seal(self) -> None:
+        with self.steps.step("seal one as a new image") as remarks:
+            self._store.seal("desk-2", "machine-2")
+            self._store.clone("machine-2", "next-1").close()
+            self._copy_of("machine-2").hardlink_to(self._copy_of("desk-2"))
+            self._copy_of("next-1").hardlink_to(self._copy_of("desk-2"))
+            ranges = list(self._store.diff("machine", "machine-2"))
+            remarks.append(f"it differs from its origin in {sizes.show(sum(one.length for one in ranges))}")
+
+    def _prove_exports(self) -> None:
+        last = f"desk-{self._clones}"
+        self._copy_of("machine").hardlink_to(self._disk)
+        self._copy_of(last).hardlink_to(self._disk)
+        names = ["machine", "desk-1", "child", "machine-2", last]
+        with self.steps.step(f"export {len(names)}, and prove them") as remarks:
+            for name in names:
+                exported = self._folder / f"{name}.raw"
+                self._store.export(name, exported)
+                demo_proofs.prove_file_equal(name, exported, self._copy_of(name))
+                self.steps.proved()
+                if found := demo_disk.fault(exported):
+                    raise ProofError(f"e2fsck does not like {name}: {found}")
+                self.steps.proved()
+                self._prove_files(name, exported)
+                exported.unlink()
+            remarks.append("e2fsck -fn, debugfs, every byte")
+
+    def _prove_files(self, name: str, exported: Path) -> None:
+        """Reads the changed files of an exported disk with debugfs."""
+        editor = {"machine-2": "desk-2", "child": "desk-1"}.get(name, name)
+        if editor not in _EDITED:
+            return
+        if demo_disk.cat(exported, f"/demo/{editor}") != _note(editor):
+            raise ProofError(f"/demo/{editor} on {name} is not what was written")
+        if demo_disk.cat(exported, _quoted(self._victims[editor])):
+            raise ProofError(f"{self._victims[editor]} on {name} was removed and is still there")
+        with open(self._copy_of(name), "rb") as expected:
+            log = b"".join(os.pread(expected.fileno(), BLOCK, place) for place in self._places)
+        if demo_disk.cat(exported, LOG) != log:
+            raise ProofError(f"{LOG} on {name} is not what was written")
+        self.steps.proved()
+
+    def _prove_devices(self) -> None:
+        with self.steps.step("prove five more through the library") as remarks:
+            for name in ("desk-2", "desk-3", "next-1", f"desk-{self._clones // 2}", f"desk-{self._clones - 1}"):
+                expected = self._copy_of(name)
+                with self._store.device(name, readonly=True) as device:
+                    found = demo_proofs.of_device(device)
+                    demo_proofs.prove_equal(name, found, expected if expected.exists() else self._disk)
+                self.steps.proved()
+            remarks.append("every byte")
+
+
+def _note(name: str) -> bytes:
+    return b"".join(b"%d: this is %s, and nobody else's\n" % (line, name.encode()) for line in range(2000))
+
+
+def _quoted(path: str) -> str:
+    """A path for debugfs, which knows quotes."""
+    return f'"{path}"'
+
+
+def _on_disk(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(_on_disk(path) for path in folder.rglob("*") if path.is_file())
+
+
+@click.command()
+@click.option("--content", default="150M", metavar="SIZE", help="Real files, about.  [default: 150M]")
+@click.option("--size", default="1G", metavar="SIZE", help="The disk.  [default: 1G]")
+@click.option("--clones", default=1000, type=click.IntRange(min=10), help="How many.  [default: 1000]")
+def main(content: str, size: str, clones: int) -> None:
+    """Import a disk of real files, clone it by the thousand, change, fork, seal and export some, and prove it all."""
+    demo_disk.check_programs()
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="cowstore-demo-") as folder:
+        demonstration = Demonstration(Path(folder), sizes.parse(content), sizes.parse(size), clones, console)
+        try:
+            stats = demonstration.run()
+        except cowstore.StoreError as error:
+            raise click.ClickException(f"{error}") from error
+    demonstration.steps.show()
+    disks = stats.images + stats.clones
+    console.print(
+        f"{disks:,} disks hold [bold]{sizes.show(stats.virtual)}[/bold], of which {sizes.show(stats.allocated)} is not empty; "
+        f"the store keeps them in [bold]{sizes.show(stats.used)}[/bold].\n"
+        f"A clone cost [bold]{demonstration.growth // clones:,} bytes[/bold]. "
+        f"[bold green]All {demonstration.steps.proofs} proofs hold: each disk is exactly what it should be.[/bold green]"
+    )
+
+
+if __name__ == "__main__":
+    main()
