@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from .catalog import DeviceInfo, check_size
@@ -99,7 +100,7 @@ class Clone(Device):
                 if cut:
                     self._put(memoryview(bytes(cut)), size)
             self._publisher.draft.resize(size)
-            self._size = size
+            self._set_size(size)
 
     @contextmanager
     def _writing(self, length: int, offset: int) -> Iterator[None]:
@@ -204,7 +205,11 @@ class Clone(Device):
     def _adopt(self, size: int) -> None:
         self._tree = self._publisher.draft
         self._leaves = self._tree.leaves
+        self._set_size(size)
+
+    def _set_size(self, size: int) -> None:
         self._size = size
+        self.info = replace(self.info, size=size)
 
     # As a file, and the end.
 

@@ -44,7 +44,7 @@ HEADER_SIZE, BUCKET_SIZE = 4096, 64  # bytes
 _HEADER = struct.Struct("=8sIIQQQ")  # magic, version, bytes of a bucket, seed, inode, buckets; then the checksum
 _MAGIC, _VERSION = b"COWINDEX", 1
 _BOOT = slice(64, 80)  # bytes; the boot in which a rebuild last ended, zeros before the first
-_USED, _REMOVED = 16, 17  # words; places used, and how many of them hold a removed entry
+_PUT, _REMOVED = 16, 17  # words; entries put, and entries removed, since the last rehash
 _FIRST, _ROW = HEADER_SIZE // 8, BUCKET_SIZE // 8  # words
 
 # A key of 0 is a place never used, and ends every search. The last key, with id 0, is a removed entry: it ends
@@ -57,12 +57,11 @@ _PIECE = 1 << 21  # bytes written at a time: a large page
 
 
 def _keys(digests: Buffer) -> Words:
-    """The second half of every digest, moved off the two keys that mean something else."""
+    """The second half of every digest, as a key that is not 0."""
     words = np.frombuffer(digests, np.uint64)
     if len(words) % 2:
         raise InvalidError(f"digests are {DIGEST_SIZE} bytes each, not {words.nbytes} together")
-    keys = np.maximum(words[1::2], np.uint64(1))
-    return np.minimum(keys, np.uint64(_LAST - 1), out=keys)
+    return np.maximum(words[1::2], np.uint64(1))
 
 
 def _pairs(digests: Buffer, ids: Words) -> tuple[Words, Words]:
@@ -118,7 +117,7 @@ class _Table:
         self.shift = 64 - self.mask.bit_length()
 
     def has_room(self, entries: int) -> bool:
-        return bool(self.words[_USED] + entries <= len(self.rows) * LANES * LOAD_LIMIT)
+        return bool(self.words[_PUT] + entries <= len(self.rows) * LANES * LOAD_LIMIT)
 
     def count(self, word: int, more: int) -> None:
         self.words[word] = self.words[word] + more & _LAST  # whatever stood there
@@ -168,7 +167,7 @@ class _Table:
 
     def put(self, key: int, block_id: int) -> int:
         """Adds one entry; returns 1, or 0 where it is there, the key has its fill, or no place is left."""
-        words, listed, place, counter, change = self.words, 0, 0, _USED, 1
+        words, listed, place = self.words, 0, 0
         for lane in self._lanes(key):
             held = words[lane]
             if held == key:
@@ -177,12 +176,10 @@ class _Table:
                     return 0
             elif not place and held in (0, _LAST):
                 place = lane
-                if held == _LAST:
-                    counter, change = _REMOVED, -1
         if not place:
             return 0
         words[place + LANES], words[place] = block_id, key
-        self.count(counter, change)
+        self.count(_PUT, 1)
         return 1
 
     def _put_each(self, keys: Words, ids: Words) -> int:
@@ -222,7 +219,7 @@ class _Table:
             at = buckets[fits] * _ROW + lanes[fits]
             self.flat[at + LANES] = ids[fits]
             self.flat[at] = keys[fits]
-            self.count(_USED, len(at))
+            self.count(_PUT, len(at))
             added += len(at) + self._put_each(*others)
             on = np.flatnonzero(~fits)
             keys, ids, buckets = keys[on], ids[on], (buckets[on] + 1) & self.mask
@@ -234,15 +231,14 @@ class _Table:
         for _ in range(PROBES):
             if not len(keys):
                 break
-            rows, hit = self._gather(buckets), np.zeros(len(keys), bool)
+            rows = self._gather(buckets)
             for lane in range(LANES):
                 pair = (rows[:, lane] == keys) & (rows[:, LANES + lane] == ids)
                 at = buckets[pair] * _ROW + lane
                 self.flat[at + LANES] = 0
                 self.flat[at] = _LAST
                 removed += len(at)
-                hit |= pair
-            on = np.flatnonzero(~hit & (rows[:, LANES - 1] != 0))
+            on = np.flatnonzero(rows[:, LANES - 1])
             keys, ids, buckets = keys[on], ids[on], (buckets[on] + 1) & self.mask
         self.count(_REMOVED, removed)
         return removed
@@ -252,7 +248,7 @@ class _Table:
         for first in range(0, len(other.rows), _CHUNK):
             part = other.rows[first : first + _CHUNK]
             keys, ids = part[:, :LANES].ravel(), part[:, LANES:].ravel()
-            live = np.flatnonzero((ids != 0) & (keys != 0) & (keys != _LAST))
+            live = np.flatnonzero(ids)
             self.put_many(keys[live], ids[live])
 
 
@@ -311,12 +307,10 @@ class Index:
         try:
             file = self._disk.open(self._path, write=not self._readonly)
             size = file.size()
-            buckets = (size - HEADER_SIZE) // BUCKET_SIZE
-            if buckets >= SMALLEST and buckets.bit_count() == 1 and size == HEADER_SIZE + buckets * BUCKET_SIZE:
-                header = _header(self._seed, buckets, file)
-                if file.read_at(len(header), 0) == header:
-                    access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
-                    return _Table(mmap.mmap(file.fd, size, access=access), file)
+            header = _header(self._seed, max(size - HEADER_SIZE, 0) // BUCKET_SIZE, file)
+            if file.read_at(len(header), 0) == header and size % BUCKET_SIZE == 0:
+                access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
+                return _Table(mmap.mmap(file.fd, size, access=access), file)
         except (OSError, NoSpaceError, ValueError):  # ValueError: mmap's word for a file cut off just now
             pass
         if file is not None:
@@ -478,7 +472,7 @@ class Index:
     def __len__(self) -> int:
         """About how many entries there are."""
         words = self._present().words
-        return min(max(words[_USED] - words[_REMOVED], 0), self.capacity)
+        return min(max(words[_PUT] - words[_REMOVED], 0), self.capacity)
 
     def close(self) -> None:
         """Lets go of the table; harmless when done twice."""

@@ -147,9 +147,14 @@ class Store:
             raise InvalidError(f"a clone of {parent!r} cannot be smaller than its {least} bytes")
         self._lineage.clone(parent, [name], ephemeral=ephemeral)
         clone = self._open_clone(name)
-        if size is not None and size != clone.size:
-            clone.resize(size)
-            clone.flush()
+        try:
+            if size is not None and size != clone.size:
+                clone.resize(size)
+                clone.flush()
+        except BaseException:
+            clone.discard()
+            self._lineage.delete([name])
+            raise
         return clone
 
     def clone_many(self, parent: str, names: Sequence[str], *, ephemeral: bool = False) -> list[DeviceInfo]:
