@@ -196,10 +196,12 @@ class Clone(Device):
         with self._flushing, self._lock:
             self._check_open()
             self._check_sound()
-            self._epoch += 1
-            self._publisher.reset(self._base)
+            given_up = self._publisher
+            self._publisher = given_up.restarted(self._base)
             self._adopt(self._base.size)
             self._dirty.clear()
+            self._epoch += 1  # after nobody finds the old tree, before its slots are given up
+            given_up.close()
         self.flush()
 
     def _adopt(self, size: int) -> None:
@@ -243,11 +245,15 @@ class Clone(Device):
     def discard(self) -> None:
         """Gives the clone back without a flush: it stays as it was last flushed."""
         with self._flushing, self._lock:
-            if self._release is not None:
-                self._epoch += 1
-                self._leaves = {}
+            release, self._release = self._release, None
+            self._leaves = {}
+            self._epoch += 1
+            if release is not None:
                 self._dirty.clear()
-                self._publisher.close()
+                try:
+                    self._publisher.close()
+                finally:
+                    release()
         super().close()
 
     def abandon(self) -> None:

@@ -42,7 +42,7 @@ class NotFoundError(StoreError):
     """Nothing of that name is there.
 
     Attributes:
-        kind: What was looked for: ``device``, ``image``, ``clone``, ``store``, ``file``.
+        kind: What was looked for: ``device``, ``image``, ``clone``, ``store``, ``directory``.
         name: The name that was asked for.
     """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import slots, tree
 from .digest import BLOCK_SIZE
-from .errors import ExistsError, InvalidError, NoSpaceError, StoreError
+from .errors import ExistsError, InvalidError, NoSpaceError, NotFoundError, StoreError
 from .layout import FANOUT, Root
 from .segments import Segments
 
@@ -41,10 +41,14 @@ class Export:
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         self._path = path
         self._overwrite = overwrite
+        if os.path.isdir(path):
+            raise InvalidError(f"{path} is a directory", hint="name the file that is to be written")
         if not overwrite and os.path.lexists(path):
             raise ExistsError("file", str(path), hint="choose another, or say that it may be replaced")
-        if path.is_dir():
-            raise InvalidError(f"{path} is a directory", hint="name the file that is to be written")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InvalidError(f"{path} is not a plain file", hint="only a plain file can be replaced")
+        if not os.path.isdir(path.parent):
+            raise NotFoundError("directory", str(path.parent), hint="make it first")
         self._aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
     def write_tree(self, segments: Segments, root: Root, progress: Progress) -> None:
@@ -63,7 +67,7 @@ class Export:
         try:
             fd = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StoreError(f"cannot write {self._path}: {error.strerror}") from error
+            raise self._failure(error) from error
         try:
             os.ftruncate(fd, size)
             for offset, piece in pieces:
@@ -71,12 +75,15 @@ class Export:
             os.fsync(fd)
             self._place()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpaceError(str(self._path), hint="choose a place with more room") from error
-            raise StoreError(f"cannot write {self._path}: {error.strerror}") from error
+            raise self._failure(error) from error
         finally:
             os.close(fd)
             self._aside.unlink(missing_ok=True)
+
+    def _failure(self, error: OSError) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError(str(self._path), hint="choose a place with more room")
+        return StoreError(f"cannot write {self._path}: {error.strerror}")
 
     def _place(self) -> None:
         if self._overwrite:

@@ -144,11 +144,11 @@ class Publisher:
         for interner in self._pending:
             interner.forget_hits(stale.ids)
 
-    def reset(self, root: Root) -> None:
-        """Forgets everything unpublished and goes on from another root."""
-        self.close()
-        self.draft = Draft(self._workshop.segments, root, ephemeral=self.record.ephemeral)
-        self._interner = self._workshop.interner(self.record.ephemeral)
+    def restarted(self, root: Root) -> Publisher:
+        """Another publisher for the same device, which goes on from another root."""
+        other = Publisher(self._workshop, self.record)
+        other.draft = Draft(self._workshop.segments, root, ephemeral=self.record.ephemeral)
+        return other
 
     def close(self) -> None:
         """Gives up what is not published."""

@@ -251,6 +251,13 @@ class Store:
         with self._read() as pin:
             return usage.usage(pin, self._engine.segments, catalog.find(pin, name))
 
+    def usages(self, *names: str, progress: Progress = _no_progress) -> dict[str, Usage]:
+        """The same for several devices by name, all where none is named, in one walk over what they hold."""
+        from . import usage
+
+        with self._read() as pin:
+            return usage.usages(pin, self._engine.segments, names, progress)
+
     def exclusive(self, *names: str) -> int:
         """The bytes that deleting these devices together frees, exactly, after a collection."""
         from . import usage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from .digest import BLOCK_SIZE
 from .environment import Snapshot
 from .layout import DOOMED, FREE, IMAGE, RESERVED, SLOTS_PER_SEGMENT, USED, DeviceRecord, Root
 from .marks import Marks
+from .owners import Owners
 from .segments import Segments
 
 
@@ -69,16 +70,46 @@ class Stats:
 
 def usage(snapshot: Snapshot, segments: Segments, record: DeviceRecord) -> Usage:
     """The usage of one device."""
+    own, inherited = _split(segments, record.base, record.root)
+    exclusive = exclusive_bytes(snapshot, segments, {record.number})
+    return Usage(record.root.size, own + inherited, inherited, own, exclusive)
+
+
+def usages(
+    snapshot: Snapshot, segments: Segments, names: Collection[str], progress: Callable[[str, int, int], None]
+) -> dict[str, Usage]:
+    """The usage of some devices by name, of all where none is named; one walk for all of them."""
+    records = [record for record in catalog.devices(snapshot) if not catalog.is_gone(record)]
+    wanted = {catalog.find(snapshot, name).number for name in names}
+    shown = [one for one in records if one.visible and (not wanted or one.number in wanted)]
+    owners = Owners(segments, len(records))
+    for owner, record in enumerate(records, 1):
+        progress("usage", owner - 1, len(records) + len(shown))
+        owners.claim(owner, record.base)
+        owners.claim(owner, record.root)
+    alone = dict(zip((one.number for one in records), owners.counts()[1:], strict=True))
+    split: dict[tuple[Root, Root], tuple[int, int]] = {}
+    found = {}
+    for done, record in enumerate(shown, len(records)):
+        progress("usage", done, len(records) + len(shown))
+        key = (record.base, record.root)
+        if key not in split:
+            split[key] = _split(segments, *key)
+        own, inherited = split[key]
+        exclusive = alone[record.number] * BLOCK_SIZE
+        found[record.name] = Usage(record.root.size, own + inherited, inherited, own, exclusive)
+    return dict(sorted(found.items()))
+
+
+def _split(segments: Segments, base: Root, root: Root) -> tuple[int, int]:
+    """What a tree names, in bytes: what its base does not name at the same place, and what it does."""
     own = inherited = 0
-    for _, before, now in tree.pairs(segments, record.base, record.root):
+    for _, before, now in tree.pairs(segments, base, root):
         solid = now != 0
         same = int(np.count_nonzero(solid & (before == now)))
         inherited += same
         own += int(np.count_nonzero(solid)) - same
-    exclusive = exclusive_bytes(snapshot, segments, {record.number})
-    return Usage(
-        record.root.size, (own + inherited) * BLOCK_SIZE, inherited * BLOCK_SIZE, own * BLOCK_SIZE, exclusive
-    )
+    return own * BLOCK_SIZE, inherited * BLOCK_SIZE
 
 
 def exclusive_bytes(snapshot: Snapshot, segments: Segments, numbers: Collection[int]) -> int:
