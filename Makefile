@@ -29,6 +29,7 @@ check: $(VENV)/.dev  ## Check style, types and the direction of imports
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/test_architecture.py
 
 bench: $(VENV)/.dev  ## Measure against the peers, as ratios
+	@sh tools/system-packages.sh bench
 	$(BIN)/python -m tests.bench $(ARGS)
 
 docs: $(VENV)/.runtime  ## Write the generated part of docs/cli.md anew

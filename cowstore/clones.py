@@ -220,10 +220,14 @@ class Clone(Device):
         return True
 
     def write(self, data: Any) -> int:
-        """Writes at the file position; fewer bytes at the end of the device, whose size does not grow."""
+        """Writes at the file position; fewer bytes at the end of the device, whose size does not grow.
+
+        Raises:
+            RangeError: The position is at the end or behind it; a buffered writer would try for ever.
+        """
         view = memoryview(data).cast("B")
         with self._lock:
-            count = max(0, min(len(view), self._size - self._position))
+            count = min(len(view), max(self._size - self._position, 0)) or len(view)
             self.pwrite(view[:count], self._position)
             self._position += count
         return count

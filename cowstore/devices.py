@@ -211,7 +211,9 @@ class Device(io.RawIOBase):
             root = self._moment()
             pin = self._environment.read()
         with pin:
-            yield from _merged(self._extents(root, offset, offset + length))
+            for extent in _merged(self._extents(root, offset, offset + length)):
+                self._check_open()
+                yield extent
 
     def _extents(self, root: Root, offset: int, end: int) -> Iterator[Extent]:
         span = FANOUT * BLOCK_SIZE
@@ -237,6 +239,7 @@ class Device(io.RawIOBase):
         with pin:
             for index, old, new in tree.diff(self._segments, self._base, root):
                 for slot, digest in tree.changed_blocks(self._segments, old, new):
+                    self._check_open()
                     yield (index << FANOUT_BITS) + slot, digest
 
     # As a file.
@@ -253,9 +256,11 @@ class Device(io.RawIOBase):
         """Reads from the file position on; fewer bytes at the end."""
         view = memoryview(buffer).cast("B")
         with self._lock:
+            self._check_open()
             count = max(0, min(len(view), self._size - self._position))
-            self.preadinto(view[:count], self._position)
-            self._position += count
+            if count:
+                self.preadinto(view[:count], self._position)
+                self._position += count
         return count
 
     def seek(self, offset: SupportsIndex, whence: int = io.SEEK_SET) -> int:
@@ -273,11 +278,14 @@ class Device(io.RawIOBase):
 
     def tell(self) -> int:
         """The file position in bytes."""
+        self._check_open()
         return self._position
 
     def write(self, data: Any) -> int:
-        """Refused: images are immutable."""
-        raise ReadOnlyError(f"{self.info.kind} {self.name!r}", hint="clone it and write to the clone")
+        """Refused: images are immutable, and of a clone this is one moment."""
+        clone_it = self.info.kind == "image"
+        hint = "clone it and write to the clone" if clone_it else "it was opened read-only"
+        raise ReadOnlyError(f"{self.info.kind} {self.name!r}", hint=hint)
 
     # The end.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from . import tree
 from .digest import BLOCK_SIZE
+from .environment import Snapshot
 from .layout import FANOUT, Root
 from .segments import Segments
 
@@ -25,14 +25,16 @@ class Change:
     length: int
 
 
-def changes(segments: Segments, old: Root, new: Root, pin: AbstractContextManager[object]) -> Iterator[Change]:
+def changes(segments: Segments, old: Root, new: Root, pin: Snapshot) -> Iterator[Change]:
     """Changed ranges, merged and in order. The cost follows the change.
 
     Where one device is longer, what it stores beyond the other's end counts as changed, holes do not. The pin
     is held until the end.
     """
     with pin:
-        yield from _merged(segments, old, new)
+        for change in _merged(segments, old, new):
+            pin.check_open()
+            yield change
 
 
 def _merged(segments: Segments, old: Root, new: Root) -> Iterator[Change]:

@@ -13,8 +13,9 @@ import os
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,45 +35,56 @@ _MAX_READERS = 4096
 _LOCK_TIMEOUT = 30.0  # seconds
 _META = struct.Struct("<16x II QQ 16x32x 48x QQ")
 _META_MAGIC = 0xBEEFC0DE
+_SHORT = "data.mdb is shorter than its meta pages say"
 
 Transaction = Any  # lmdb.Transaction is generic in its stubs only
 
 
-def vet(path: Path) -> None:
+def vet(path: Path, gate: WriteGate | None = None) -> None:
     """Checks LMDB's two meta pages and the file's length before LMDB trusts them.
 
     LMDB falls back to the older meta page without a word, and maps a file that is too short.
+
+    Args:
+        path: The catalog.
+        gate: Where it is given, a file that is only too short is made longer: a crash may have come between a
+            commit and Environment._keep_length(). If it was cut off instead, its records will not verify.
 
     Raises:
         CatalogCorruptError: One of them is not as LMDB leaves it.
     """
     reason = ""
     for _ in range(5):  # a commit between the two reads looks like damage once
-        reason = _meta_fault(path / "data.mdb")
+        reason, length = _meta_fault(path / "data.mdb")
         if not reason:
             return
         time.sleep(0.01)
-    raise CatalogCorruptError(str(path), reason)
+    if gate is None or reason != _SHORT:
+        raise CatalogCorruptError(str(path), reason)
+    with gate.held():
+        reason, length = _meta_fault(path / "data.mdb")
+        if reason == _SHORT:
+            os.truncate(path / "data.mdb", length)
 
 
-def _meta_fault(file: Path) -> str:
+def _meta_fault(file: Path) -> tuple[str, int]:
+    """What is wrong, nothing if that is empty; and the bytes that the file must have."""
     try:
         with open(file, "rb", buffering=0) as data:
             first, second = data.read(152), os.pread(data.fileno(), 152, mmap_page())
             size = os.fstat(data.fileno()).st_size
     except FileNotFoundError:
-        return "data.mdb is missing"
+        return "data.mdb is missing", 0
     if len(first) < 152 or len(second) < 152:
-        return "data.mdb is cut off"
+        return "data.mdb is cut off", 0
     metas = [_META.unpack(page) for page in (first, second)]
     if any(magic != _META_MAGIC or version != 1 for magic, version, *_ in metas):
-        return "a meta page of data.mdb is damaged"
+        return "a meta page of data.mdb is damaged", 0
     old, new = sorted(meta[-1] for meta in metas)
     if new > 1 and (new - old != 1 or metas[new & 1][-1] != new):
-        return "the meta pages of data.mdb do not follow each other"
-    if size < (metas[new & 1][-2] + 1) * mmap_page():
-        return "data.mdb is shorter than its meta pages say"
-    return ""
+        return "the meta pages of data.mdb do not follow each other", 0
+    length = (metas[new & 1][-2] + 1) * mmap_page()
+    return _SHORT if size < length else "", length
 
 
 def mmap_page() -> int:
@@ -90,6 +102,7 @@ class Snapshot:
         self._environment = environment
         self._txn = txn
         self._state: State | None = None
+        environment.snapshots.add(self)
 
     @property
     def state(self) -> State:
@@ -151,6 +164,15 @@ class Snapshot:
         txn, self._txn = self._txn, None
         if txn is not None:
             txn.abort()
+
+    def check_open(self) -> None:
+        """Raises ClosedError once the pin has ended, or in a child made by os.fork()."""
+        if self._txn is None:
+            raise ClosedError("this moment of the store is closed", hint="open the store again")
+
+    def abandon(self) -> None:
+        """In a child made by os.fork(): an abort here would end the parent's pin, in the table that both see."""
+        self._txn = None
 
     def __enter__(self) -> Snapshot:
         return self
@@ -243,7 +265,8 @@ class WriteGate:
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.02)
-        self._file.write_at(b"%-20d\n" % os.getpid(), 0)
+        with suppress(OSError, NoSpaceError):  # for people; and whoever raised here would keep the lock
+            self._file.write_at(b"%-20d\n" % os.getpid(), 0)
         return self._file
 
     def close(self) -> None:
@@ -263,12 +286,14 @@ class Environment:
         self.path = path
         self.readonly = readonly
         self.poisoned = ""
+        self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._gate = gate
         self._users = 1
         self._pid = os.getpid()
         try:
+            # No spare transaction: a child made by os.fork() could not let go of it without ending a pin of ours.
             self._env: Any = lmdb.open(
-                str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=_MAX_READERS, max_spare_txns=16, mode=0o600,
+                str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=_MAX_READERS, max_spare_txns=0, mode=0o600,
                 readonly=readonly, create=not readonly, lib_version=0,
             )  # fmt: skip
             self._tables = {name: self._env.open_db(name, create=not readonly) for name in TABLES}
@@ -304,8 +329,9 @@ class Environment:
                 raise InUseError(
                     f"catalog {path}", os.getpid(), hint="this process has it open read-only; close that first"
                 )
-            vet(path)
-            environment = cls(path, WriteGate(disk, gate_path), readonly=readonly)
+            gate = WriteGate(disk, gate_path)
+            vet(path, None if readonly else gate)
+            environment = cls(path, gate, readonly=readonly)
             try:
                 environment._check()
             except BaseException:
@@ -379,8 +405,9 @@ class Environment:
         """Extends data.mdb where LMDB left its last, unused pages unwritten, so that vet() can be strict."""
         needed = (self._env.info()["last_pgno"] + 1) * mmap_page()
         data = self.path / "data.mdb"
-        if os.stat(data).st_size < needed:
-            os.truncate(data, needed)
+        with suppress(OSError):  # the commit counts all the same, and vet() makes up for it
+            if os.stat(data).st_size < needed:
+                os.truncate(data, needed)
 
     def _translated(self, error: lmdb.Error) -> Exception:
         text = str(error)
@@ -423,8 +450,14 @@ class Environment:
             self._shut()
 
     def abandon(self) -> None:
-        """In a child made by os.fork(): the write lock is the parent's, LMDB's handles are not touched."""
+        """In a child made by os.fork(): all is the parent's, and LMDB's handles are let go, not closed.
+
+        Once nothing refers to them, the child may open the catalog anew.
+        """
         self._gate.close()
+        for snapshot in list(self.snapshots):
+            snapshot.abandon()
+        self._env, self._tables = None, {}
 
     def _shut(self) -> None:
         self._gate.close()
@@ -450,7 +483,7 @@ def verify_copy(path: Path, disk: Disk) -> None:
     env: Any = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=16, readonly=True, lock=False, lib_version=0)
     try:
         copy = Environment.__new__(Environment)
-        copy.path = path
+        copy.path, copy.snapshots = path, weakref.WeakSet()
         copy._env = env
         copy._tables = {name: env.open_db(name, create=False) for name in TABLES}
         with Snapshot(copy, env.begin()) as snapshot:

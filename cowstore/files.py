@@ -192,7 +192,10 @@ class Disk:
 
     def rename(self, old: Path, new: Path) -> None:
         """Renames a file or directory, replacing a file of the new name."""
-        os.rename(old, new)
+        try:
+            os.rename(old, new)
+        except OSError as error:
+            raise _full(error, new) from error
 
     def unlink(self, path: Path) -> None:
         """Removes a file; harmless when there is none."""

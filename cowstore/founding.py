@@ -60,7 +60,7 @@ def make_reserve(path: Path, disk: Disk) -> None:
     reserve = path / "reserve"
     try:
         file = disk.open(reserve, write=True, exclusive=True)
-    except FileExistsError:
+    except (OSError, NoSpaceError):  # it is there; or there is no room for its name
         return
     try:
         file.allocate(_RESERVE)

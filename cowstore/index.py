@@ -344,7 +344,7 @@ class Index:
             try:
                 self._disk.rename(self._aside, self._path)
                 table.file.path = self._path
-            except OSError:
+            except (OSError, NoSpaceError):
                 table.close()
                 table.file = None
         return self._use(table)

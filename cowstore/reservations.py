@@ -53,10 +53,16 @@ class Reservations:
 
     def _ensure_lease(self) -> int:
         if self._lease is None:
-            with self._environment.write() as writer:
-                number = writer.number()
-                lease = self._leases.take(number, f"process lease {number}", exclusive=True)
-                catalog.save_lease(writer, LeaseRecord(number, os.getpid(), time.time_ns(), boot_id()))
+            lease = None
+            try:
+                with self._environment.write() as writer:
+                    number = writer.number()
+                    lease = self._leases.take(number, f"process lease {number}", exclusive=True)
+                    catalog.save_lease(writer, LeaseRecord(number, os.getpid(), time.time_ns(), boot_id()))
+            except BaseException:
+                if lease is not None:
+                    lease.close()  # the number was not given out: the next try gets it again
+                raise
             self._lease, self._number = lease, number
         return self._number
 
@@ -161,9 +167,9 @@ class Reservations:
         with self._lock:
             if self._sequence >= self._sequence_end or self._sequence <= after:
                 with self._environment.write() as writer:
-                    self._sequence = writer.state.sequence + 1
+                    first = writer.state.sequence + 1
                     writer.state.sequence += _SEQUENCES
-                    self._sequence_end = writer.state.sequence + 1
+                self._sequence, self._sequence_end = first, first + _SEQUENCES  # not before they are ours
             number = self._sequence
             self._sequence += 1
             return number

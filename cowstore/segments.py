@@ -40,6 +40,7 @@ class Segment:
         self.kind = kind
         self.file = file
         self.stamp = stamp
+        self.syncing = threading.Lock()
         self.map = file.map(SEGMENT_SIZE)
         self.verified = mmap.mmap(-1, layout.SLOTS_PER_SEGMENT)
 
@@ -145,7 +146,13 @@ class Segments:
                 segment.forget_verified()
 
     def create(self, number: int, kind: int) -> None:
-        """Makes an empty segment file, durably and all at once."""
+        """Makes an empty segment file, durably and all at once. A failed write or sync poisons the handle."""
+        try:
+            self._create(number, kind)
+        except OSError as error:
+            raise self._poisoned(f"new segment {self.path(number)}", error) from error
+
+    def _create(self, number: int, kind: int) -> None:
         path = self.path(number)
         aside = path.with_suffix(".tmp")
         self._disk.unlink(aside)
@@ -267,8 +274,7 @@ class Segments:
             segment.file.write_many(buffers, SLOTS_OFFSET + slot * BLOCK_SIZE)
             segment.file.write_at(digests, DIGESTS_OFFSET + slot * DIGEST_SIZE)
         except OSError as error:
-            self.poisoned = f"{segment.file.path}: {error.strerror}"
-            raise PoisonedError(self.poisoned) from error
+            raise self._poisoned(str(segment.file.path), error) from error
         segment.verified[slot : slot + count] = bytes(count)
 
     def sync(self, numbers: Iterable[int]) -> None:
@@ -278,16 +284,28 @@ class Segments:
             PoisonedError: A sync failed, now or earlier.
         """
         self.check_writable()
-        files = [self.get(number).file for number in numbers]
-        try:
-            others = [self._workers().submit(file.sync) for file in files[1:]]
-            for file in files[:1]:
-                file.sync()  # here rather than by a worker: that saves a change of threads
-            for other in others:
-                other.result()
-        except OSError as error:
-            self.poisoned = f"sync of a segment: {error.strerror}"
-            raise PoisonedError(self.poisoned) from error
+        segments = [self.get(number) for number in numbers]
+        others = [self._workers().submit(self._sync, segment) for segment in segments[1:]]
+        for segment in segments[:1]:
+            self._sync(segment)  # here rather than by a worker: that saves a change of threads
+        for other in others:
+            other.result()
+
+    def _sync(self, segment: Segment) -> None:
+        """Syncs one file, one thread at a time.
+
+        The kernel tells of a failure once. Who came second, and was told nothing, must still not succeed.
+        """
+        with segment.syncing:
+            self.check_writable()
+            try:
+                segment.file.sync()
+            except OSError as error:
+                raise self._poisoned("sync of a segment", error) from error
+
+    def _poisoned(self, what: str, error: OSError) -> PoisonedError:
+        self.poisoned = f"{what}: {error.strerror}"
+        return PoisonedError(self.poisoned)
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -304,6 +322,12 @@ class Segments:
             keep: Shorter runs of slots keep their space on the disk, for the blocks written there next.
         """
         self.check_writable()
+        try:
+            self._erase(runs, erasure, keep)
+        except OSError as error:
+            raise self._poisoned("erasure in a segment", error) from error
+
+    def _erase(self, runs: Sequence[Run], erasure: int, keep: int) -> None:
         numbers = sorted({first >> SLOT_BITS for first, _ in runs})
         for number in numbers:
             file = self.get(number).file

@@ -88,9 +88,13 @@ class Store:
         self._check_open()
         return self._environment.read()
 
-    def _writing_engine(self) -> Engine:
+    def _check_writable(self) -> None:
+        self._check_open()
         if self.readonly:
             raise ReadOnlyError(f"store {self.path}", hint="it was opened read-only")
+
+    def _writing_engine(self) -> Engine:
+        self._check_writable()
         self._engine.restore_index()
         return self._engine
 
@@ -117,7 +121,7 @@ class Store:
         from .imports import import_source
         from .sources import open_source
 
-        self._check_open()
+        self._check_writable()
         self._lineage.check_free(name)
         stream = open_source(source)
         try:
@@ -128,7 +132,7 @@ class Store:
 
     def create(self, name: str, size: int) -> Clone:
         """A blank clone of so many bytes, open for writing."""
-        self._check_open()
+        self._check_writable()
         self._lineage.create(name, size)
         return self._open_clone(name)
 
@@ -141,10 +145,14 @@ class Store:
             size: Bytes, not less than the parent's.
             ephemeral: Gone after a reboot of the host; flushes are cheaper and not durable.
         """
+        self._check_writable()
         with self._read() as snapshot:
             least = catalog.find(snapshot, parent).root.size
         if size is not None and catalog.check_size(size) < least:
-            raise InvalidError(f"a clone of {parent!r} cannot be smaller than its {least} bytes")
+            raise InvalidError(
+                f"a clone of {parent!r} cannot be smaller than its {least} bytes",
+                hint="resize the clone afterwards",
+            )
         self._lineage.clone(parent, [name], ephemeral=ephemeral)
         clone = self._open_clone(name)
         try:
@@ -159,16 +167,17 @@ class Store:
 
     def clone_many(self, parent: str, names: Sequence[str], *, ephemeral: bool = False) -> list[DeviceInfo]:
         """Clones by the thousand, in one transaction; none of them is opened."""
-        self._check_open()
+        self._check_writable()
         return self._lineage.clone(parent, names, ephemeral=ephemeral)
 
     def fork(self, name: str, *children: str) -> list[DeviceInfo]:
         """New clones that start from a clone's last flushed moment, also while somebody writes it."""
-        self._check_open()
+        self._check_writable()
         return self._lineage.fork(name, children)
 
     def seal(self, name: str, image: str) -> DeviceInfo:
         """Publishes a clone's last flushed moment as an image, also while somebody writes it."""
+        self._check_writable()
         with self._read() as snapshot:
             number = catalog.find(snapshot, name, CLONE).number
         return self.seal_number(number, image)
@@ -187,12 +196,12 @@ class Store:
 
     def reset(self, name: str) -> DeviceInfo:
         """Puts a clone back to its parent's moment; refused while it is open."""
-        self._check_open()
+        self._check_writable()
         return self._lineage.reset(name)
 
     def rename(self, old: str, new: str) -> DeviceInfo:
         """Gives a device another name, also while it is open."""
-        self._check_open()
+        self._check_writable()
         return self._lineage.rename(old, new)
 
     def delete(self, *names: str) -> list[DeviceInfo]:
@@ -200,7 +209,7 @@ class Store:
 
         Their clones keep what they need, and lineage keeps their names. A collection frees the space.
         """
-        self._check_open()
+        self._check_writable()
         return self._despite_full_disk(lambda: self._lineage.delete(names))
 
     def device(self, name: str, *, readonly: bool = False) -> Device:

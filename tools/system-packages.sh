@@ -1,6 +1,7 @@
 #!/bin/sh
-# Install the system packages that the tests use, where that is ours to do: as root on Debian or Ubuntu.
-# Elsewhere nothing happens, and a test that misses a program is skipped with its name.
+# Install the system packages that the tests use, or with `bench` those that the benchmarks compare with, where that
+# is ours to do: as root on Debian or Ubuntu. Elsewhere nothing happens: a test that misses a program is skipped with
+# its name, and a benchmark names the peer that is missing.
 set -eu
 
 # A program of each package, and the package. Only what is missing is installed.
@@ -11,6 +12,11 @@ packages='
     mkfs.btrfs  btrfs-progs
     unshare     util-linux
     mount       mount
+'
+[ "${1:-test}" != bench ] || packages='
+    mke2fs      e2fsprogs
+    borg        borgbackup
+    restic      restic
 '
 
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
@@ -25,4 +31,4 @@ echo "system-packages: installing" $missing
 export DEBIAN_FRONTEND=noninteractive
 # shellcheck disable=SC2086  # one word a package
 { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
-    echo "system-packages: that failed; tests that need them will say so" >&2
+    echo "system-packages: that failed; what needs them will say so" >&2

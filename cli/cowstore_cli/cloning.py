@@ -47,7 +47,7 @@ def clone(
     if as_json:
         console.emit(made)
     else:
-        console.say(f"made {console.name(made)} of {parent}")
+        console.say(f"cloned {parent} as {console.name(made)}")
 
 
 def _clone_names(
@@ -85,13 +85,17 @@ def _clone_enlarged(
 @common_options
 @pass_session
 def fork(session: Session, name: str, children: tuple[str, ...], as_json: bool) -> None:
-    """Give each CHILD the state of clone NAME at its last flush; all of them go on apart."""
+    """Give each CHILD the last flushed state of clone NAME.
+
+    A child costs a record, whatever the clone holds; it and the clone go on apart. Works while another process
+    writes the clone.
+    """
     with session.open() as store:
         made = store.fork(name, *children)
     if as_json:
         console.emit(made)
     else:
-        console.say(f"forked {name} into {', '.join(one.name for one in made)}")
+        console.say(f"forked {name} into {console.name(made)}")
 
 
 @click.command()
@@ -101,7 +105,10 @@ def fork(session: Session, name: str, children: tuple[str, ...], as_json: bool) 
 @common_options
 @pass_session
 def seal(session: Session, name: str, image: str, as_json: bool) -> None:
-    """Publish the state of clone NAME at its last flush as the immutable IMAGE."""
+    """Make an IMAGE of the last flushed state of clone NAME.
+
+    Works while another process writes the clone.
+    """
     with session.open() as store:
         made = store.seal(name, image)
     console.tell(made, f"sealed {name} as image {image}", as_json)
@@ -113,7 +120,10 @@ def seal(session: Session, name: str, image: str, as_json: bool) -> None:
 @common_options
 @pass_session
 def reset(session: Session, name: str, as_json: bool) -> None:
-    """Put clone NAME back to its parent's moment; what was written to it since is gone."""
+    """Put clone NAME back to the moment it was cloned at.
+
+    What was written to it since is gone.
+    """
     with session.open() as store:
         now = store.reset(name)
     console.tell(now, f"reset {name} to its parent's moment", as_json)

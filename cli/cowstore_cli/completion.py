@@ -18,10 +18,10 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", metavar="[bash|zsh|fish]", type=click.Choice(SHELLS), required=False)
 @click.pass_context
 def completion(context: click.Context, shell: str | None) -> None:
-    """Print the completion script of a shell, by default of the one in use.
+    """Print a shell's completion script.
 
-    For bash, in ~/.bashrc: eval "$(cowstore completion bash)". It completes commands, options and the names of
-    the store's devices.
+    By default that of the shell in use. For bash, in ~/.bashrc: eval "$(cowstore completion bash)". It completes
+    commands, options and the names of the store's devices.
     """
     chosen = shell or os.path.basename(os.environ.get("SHELL", ""))
     if chosen not in SHELLS:

@@ -7,7 +7,7 @@ colours or borders, in words without spaces: `grep`, `awk` and `cut` read them a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -71,6 +71,14 @@ def columns(rows: Sequence[Sequence[str]], flush_right: Sequence[bool]) -> Itera
     for row in rows:
         cells = zip(row, widths, flush_right, strict=True)
         yield "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
+
+
+def says_nothing(items: Collection[object], line: str) -> bool:
+    """Whether there is nothing to list; a person is told so, a pipe gets the head of an empty table."""
+    if items or not on_terminal():
+        return False
+    say(line)
+    return True
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:

@@ -16,7 +16,7 @@ from cowstore_cli.session import Session, pass_session, writing
 
 CHUNK = 4 << 20
 
-_FILE = click.Path(dir_okay=False, allow_dash=True)
+_FILE = click.Path(allow_dash=True)
 
 
 @click.command("import")
@@ -26,7 +26,10 @@ _FILE = click.Path(dir_okay=False, allow_dash=True)
 @common_options
 @pass_session
 def import_(session: Session, source: str, name: str, as_json: bool) -> None:
-    """Import FILE, a raw disk image or a block device, as image NAME. `-` reads standard input."""
+    """Import FILE, a raw disk or a block device, as image NAME.
+
+    `-` reads standard input. Holes of a sparse file are not read, and take no room.
+    """
     with session.open() as store, console.progress() as progress:
         if source == "-":
             made = store.import_image(sys.stdin.buffer, name, progress=progress)
@@ -43,15 +46,20 @@ def import_(session: Session, source: str, name: str, as_json: bool) -> None:
 @common_options
 @pass_session
 def export(session: Session, name: str, file: str, force: bool, as_json: bool) -> None:
-    """Write device NAME to FILE as a raw disk image, sparse. `-` writes standard output.
+    """Write device NAME to FILE as a sparse raw disk.
 
-    The file appears under its name only when it is whole. Of a clone it holds the last flush.
+    `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
+    of a clone it holds the last flush.
     """
     if file == "-":
         _export_to_stdout(session, name, as_json)
         return
     with session.look() as store, console.progress() as progress:
-        store.export(name, file, overwrite=force, progress=progress)
+        try:
+            store.export(name, file, overwrite=force, progress=progress)
+        except cowstore.ExistsError as error:
+            error.hint = "--force replaces it"
+            raise
         device = store.info(name)
     if as_json:
         console.emit(console.plain(device) | {"file": file})
@@ -75,7 +83,10 @@ def _export_to_stdout(session: Session, name: str, as_json: bool) -> None:
 @common_options
 @pass_session
 def read(session: Session, name: str, offset: int | None, length: int | None) -> None:
-    """Print the bytes of device NAME; of a clone, those of its last flush."""
+    """Print bytes of device NAME.
+
+    Of a clone they are those of its last flush, also while another process writes it.
+    """
     with session.look() as store, store.device(name, readonly=True) as device:
         start = offset or 0
         count = max(device.size - start, 0) if length is None else length
@@ -109,7 +120,10 @@ def _write_all(output: BinaryIO, content: bytes) -> None:
 @common_options
 @pass_session
 def write(session: Session, name: str, offset: int | None, source: BinaryIO, as_json: bool) -> None:
-    """Write standard input, or a file, into clone NAME and flush it; all of it or nothing."""
+    """Write standard input, or a file, into clone NAME.
+
+    All of it is written and flushed, or nothing.
+    """
     start = offset or 0
     with session.open() as store:
         with writing(store, name) as device:

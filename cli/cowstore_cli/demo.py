@@ -51,8 +51,8 @@ class Steps:
         """One proof more holds."""
         self.proofs += 1
 
-    def show(self) -> None:
-        """Prints the table of all steps."""
+    def show(self, facts: list[tuple[str, str]]) -> None:
+        """Prints the table of all steps, and some facts below."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
         table.add_column("step", no_wrap=True)
         table.add_column("time", justify="right", no_wrap=True)
@@ -61,7 +61,10 @@ class Steps:
             table.add_row(what, f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms", remark)
         total = sum(seconds for _, seconds, _ in self.rows)
         table.add_section()
-        table.add_row("[bold]all of it[/bold]", f"[bold]{total:.1f} s[/bold]", "")
+        table.add_row("[bold]all of it[/]", f"[bold]{total:.1f} s[/]", "")
+        table.add_section()
+        for what, remark in facts:
+            table.add_row(what, "", remark, style="bold")
         self._console.print(table)
 
 
@@ -141,18 +144,16 @@ class Demonstration:
             count, total = demo_disk.gather(files, self._content)
             demo_disk.add_log(files)
             demo_disk.make(self._disk, files, self._size, count)
-            chosen = sorted(path for path in files.rglob("*") if path.is_file() and path.name.isascii())
-            for name, path in zip(_EDITED, chosen[len(chosen) // 3 :], strict=False):
-                self._victims[name] = f"/{path.relative_to(files)}"
+            self._victims = dict(zip(_EDITED, demo_disk.plain_names(files, len(_EDITED)), strict=True))
             shutil.rmtree(files)
             self._places = demo_disk.log_places(self._disk)
-            remarks += [f"{count:,} files, {sizes.show(total)}", f"ext4 of {sizes.show(self._size)}"]
+            remarks.append(f"{count:,} files, {sizes.show(total)}, in an ext4 of {sizes.show(self._size)}")
 
     def _import(self) -> None:
         with self.steps.step("import it") as remarks:
             self._store.import_image(self._disk, "machine")
             used = self._store.stats().used
-            remarks.append(f"{sizes.show(_on_disk(self._disk))} on disk became {sizes.show(used)} of blocks")
+            remarks.append(f"{sizes.show(_on_disk(self._disk))} became {sizes.show(used)} of blocks")
 
     def _clone(self) -> None:
         before = _tree_bytes(self._store.path)
@@ -173,11 +174,11 @@ class Demonstration:
                 self._store.export(name, copy)
                 note = self._folder / f"{name}.note"
                 note.write_bytes(_note(name))
-                commands = [f"write {note} /demo/{name}", "mkdir /demo/more", f"rm {_quoted(self._victims[name])}"]
+                commands = [f"write {note} /demo/{name}", "mkdir /demo/more", f"rm {self._victims[name]}"]
                 demo_disk.edit(copy, commands, self._folder / "script")
                 with self._writable(name) as clone:
                     changed += demo_proofs.bring_back(copy, clone)
-            remarks.append(f"debugfs wrote and removed files, {changed} blocks came back")
+            remarks.append(f"debugfs did it, {changed} changed blocks came back")
 
     @contextmanager
     def _writable(self, name: str) -> Iterator[cowstore.Clone]:
@@ -206,8 +207,8 @@ class Demonstration:
             if not least <= caught <= most:
                 raise ProofError(f"the child has {caught} records, but had to have {least} to {most}")
             self.steps.proved()
-            remarks.append(f"{seconds * 1000:.0f} ms; it holds {caught} records, its parent went on to {writer.written}")
-        shutil.copyfile(self._copy_of("desk-1"), self._copy_of("child"))
+            remarks.append(f"in {seconds * 1000:.0f} ms, at record {caught} of {writer.written}")
+        demo_disk.copy_sparse(self._copy_of("desk-1"), self._copy_of("child"))
         self._log_into(self._copy_of("child"), caught)
         self._log_into(self._copy_of("desk-1"), writer.written)
 
@@ -232,7 +233,7 @@ class Demonstration:
             self._copy_of("machine-2").hardlink_to(self._copy_of("desk-2"))
             self._copy_of("next-1").hardlink_to(self._copy_of("desk-2"))
             ranges = list(self._store.diff("machine", "machine-2"))
-            remarks.append(f"it differs from its origin in {sizes.show(sum(one.length for one in ranges))}")
+            remarks.append(f"{sizes.show(sum(one.length for one in ranges))} differ from the first")
 
     def _prove_exports(self) -> None:
         last = f"desk-{self._clones}"
@@ -259,7 +260,7 @@ class Demonstration:
             return
         if demo_disk.cat(exported, f"/demo/{editor}") != _note(editor):
             raise ProofError(f"/demo/{editor} on {name} is not what was written")
-        if demo_disk.cat(exported, _quoted(self._victims[editor])):
+        if demo_disk.cat(exported, self._victims[editor]):
             raise ProofError(f"{self._victims[editor]} on {name} was removed and is still there")
         with open(self._copy_of(name), "rb") as expected:
             log = b"".join(os.pread(expected.fileno(), BLOCK, place) for place in self._places)
@@ -282,11 +283,6 @@ def _note(name: str) -> bytes:
     return b"".join(b"%d: this is %s, and nobody else's\n" % (line, name.encode()) for line in range(2000))
 
 
-def _quoted(path: str) -> str:
-    """A path for debugfs, which knows quotes."""
-    return f'"{path}"'
-
-
 def _on_disk(path: Path) -> int:
     return path.stat().st_blocks * 512
 
@@ -300,7 +296,7 @@ def _tree_bytes(folder: Path) -> int:
 @click.option("--size", default="1G", metavar="SIZE", help="The disk.  [default: 1G]")
 @click.option("--clones", default=1000, type=click.IntRange(min=10), help="How many.  [default: 1000]")
 def main(content: str, size: str, clones: int) -> None:
-    """Import a disk of real files, clone it by the thousand, change, fork, seal and export some, and prove it all."""
+    """Import a disk of real files, clone it by the thousand, change, fork, seal, export, and prove it all."""
     demo_disk.check_programs()
     console = Console()
     with tempfile.TemporaryDirectory(prefix="cowstore-demo-") as folder:
@@ -309,14 +305,14 @@ def main(content: str, size: str, clones: int) -> None:
             stats = demonstration.run()
         except cowstore.StoreError as error:
             raise click.ClickException(f"{error}") from error
-    demonstration.steps.show()
-    disks = stats.images + stats.clones
-    console.print(
-        f"{disks:,} disks hold [bold]{sizes.show(stats.virtual)}[/bold], of which {sizes.show(stats.allocated)} is not empty; "
-        f"the store keeps them in [bold]{sizes.show(stats.used)}[/bold].\n"
-        f"A clone cost [bold]{demonstration.growth // clones:,} bytes[/bold]. "
-        f"[bold green]All {demonstration.steps.proofs} proofs hold: each disk is exactly what it should be.[/bold green]"
-    )
+    facts = [
+        ("logical", f"{sizes.show(stats.virtual)}, of which {sizes.show(stats.allocated)} is not empty"),
+        ("stored", sizes.show(stats.used)),
+        ("a clone", f"{demonstration.growth // clones:,} bytes"),
+    ]
+    demonstration.steps.show(facts)
+    disks, proofs = stats.images + stats.clones, demonstration.steps.proofs
+    console.print(f"[bold green]All {proofs} proofs hold: the {disks:,} disks are exactly what they should be.[/]")
 
 
 if __name__ == "__main__":

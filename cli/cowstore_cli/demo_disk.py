@@ -1,11 +1,13 @@
-"""The demonstration's disk: an ext4 file system made of real files of this machine, without root and without mounting.
+"""The demonstration's disk: an ext4 file system made of real files of this machine; no root, no mounting.
 
 Everything goes through the programs of e2fsprogs, so what is on a disk is said by somebody else than cowstore.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -32,7 +34,7 @@ def check_programs() -> None:
     missing = [name for name in _PROGRAMS if shutil.which(name, path=_ADMIN) is None]
     if missing:
         raise click.ClickException(
-            f"the demonstration needs {', '.join(missing)}; install e2fsprogs, for example: sudo apt-get install e2fsprogs"
+            f"the demonstration needs {', '.join(missing)}; install e2fsprogs: sudo apt-get install e2fsprogs"
         )
 
 
@@ -87,10 +89,43 @@ def _files(top: str) -> Iterator[str]:
                 yield path
 
 
+def plain_names(folder: Path, count: int) -> list[str]:
+    """Some files in a folder, as paths from its top, whose names no program misunderstands."""
+    names = sorted(f"/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file())
+    plain = [name for name in names if re.fullmatch(r"[A-Za-z0-9._/-]+", name) and name != LOG]
+    if len(plain) < count:
+        raise click.ClickException("this machine has too few files for the demonstration")
+    return plain[len(plain) // 3 :][:count]
+
+
 def make(image: Path, folder: Path, size: int, files: int) -> None:
     """Makes an ext4 image of so many bytes, sparse, that holds what is in a folder."""
     words = ["-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-N", str(files * 2 + 1024), "-m", "0", "-d", str(folder)]
     _run("mke2fs", *words, str(image), str(size // BLOCK))
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copies a file; its holes stay holes."""
+    with open(source, "rb", buffering=0) as old, open(target, "xb", buffering=0) as new:
+        size = os.fstat(old.fileno()).st_size
+        new.truncate(size)
+        for start, end in data_ranges(old.fileno(), size):
+            while start < end:
+                start += os.copy_file_range(old.fileno(), new.fileno(), end - start, start, start)
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of everything in a file that is not a hole."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def add_log(folder: Path) -> None:

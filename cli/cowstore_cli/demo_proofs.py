@@ -5,7 +5,6 @@ Two disks are compared byte by byte, but pieces that are holes in both are not r
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from pathlib import Path
 import click
 
 import cowstore
+from cowstore_cli.demo_disk import BLOCK, data_ranges
 
 PIECE = 1 << 20  # bytes compared at once
-BLOCK = 4096
 
 
 class ProofError(click.ClickException):
@@ -42,15 +41,7 @@ def of_file(fd: int) -> Disk:
     """A file, open for reading."""
     size = os.fstat(fd).st_size
     solid: set[int] = set()
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            break
-        end = os.lseek(fd, start, os.SEEK_HOLE)
+    for start, end in data_ranges(fd, size):
         solid.update(range(start // PIECE, -(-end // PIECE)))
     return Disk(size, lambda length, offset: os.pread(fd, length, offset), solid)
 
@@ -73,9 +64,7 @@ def differing(one: Disk, other: Disk) -> list[int]:
         first, second = one.read(length, offset), other.read(length, offset)
         if first != second:
             found += [
-                offset + at
-                for at in range(0, length, BLOCK)
-                if first[at : at + BLOCK] != second[at : at + BLOCK]
+                offset + at for at in range(0, length, BLOCK) if first[at : at + BLOCK] != second[at : at + BLOCK]
             ]
     return found
 
@@ -92,7 +81,8 @@ def prove_equal(name: str, found: Disk, expected: Path) -> None:
             raise ProofError(f"{name} has {found.size} bytes and should have {wanted.size}")
         blocks = differing(found, wanted)
     if blocks:
-        raise ProofError(f"{name} is not what it should be: {len(blocks)} blocks differ, the first at offset {blocks[0]}")
+        counted = "1 block differs" if len(blocks) == 1 else f"{len(blocks)} blocks differ"
+        raise ProofError(f"{name} is not what it should be: {counted}, the first at offset {blocks[0]}")
 
 
 def prove_file_equal(name: str, path: Path, expected: Path) -> None:

@@ -108,5 +108,5 @@ def _would_free(session: Session, names: tuple[str, ...], as_json: bool) -> None
         console.emit({"dry_run": True, "devices": listed, "freed": together})
         return
     for one, count in zip(devices, alone, strict=True):
-        console.say(f"would delete {one.kind} {one.name}: {sizes.exact(count)} only it has")
-    console.say(f"the next gc would free {sizes.exact(together)}")
+        console.say(f"would delete {one.kind} {one.name}, which alone has {sizes.exact(count)}")
+    console.say(f"deleting {'it' if len(devices) == 1 else 'them'} would free {sizes.exact(together)}")

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cowstore_cli import sizes
 from cowstore_cli.lineage import Branch
 
 
@@ -47,6 +48,9 @@ def _label(branch: Branch) -> Text:
     return Text.assemble((branch.title, style), " ", (branch.remark, "dim"))
 
 
+_IN_BYTES = {"import", "export", "backup"}
+
+
 class Bars:
     """Progress bars on stderr, one for each step of a long job; they vanish when it is done."""
 
@@ -55,6 +59,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
+            TextColumn("{task.fields[amount]}", style="dim"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -73,5 +78,12 @@ class Bars:
     def __call__(self, step: str, done: int, total: int) -> None:
         """Show a step's state; a total of 0 is not known."""
         if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=None)
-        self._progress.update(self._tasks[step], completed=done, total=total or None)
+            self._tasks[step] = self._progress.add_task(step, total=None, amount="")
+        amount = _amount(step, done, total)
+        self._progress.update(self._tasks[step], completed=done, total=total or None, amount=amount)
+
+
+def _amount(step: str, done: int, total: int) -> str:
+    """How far a step has come, in bytes or in things."""
+    show = sizes.show if step in _IN_BYTES else "{:,}".format
+    return f"{show(done)} of {show(total)}" if total else show(done)

@@ -14,8 +14,10 @@ OK = 0
 OTHER = 1
 USAGE = 2
 NO_SPACE = 7
+HUNG_UP = 129
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+TERMINATED = 143
 
 CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StoreError, OTHER, "any other failure"),
@@ -33,8 +35,10 @@ CODES: tuple[tuple[type[Exception], int, str], ...] = (
 """Each class of error, its exit code, and what the code means; the reference is made from it."""
 
 SIGNALS: tuple[tuple[int, str], ...] = (
+    (HUNG_UP, "the terminal was closed"),
     (INTERRUPTED, "interrupted from the keyboard"),
     (BROKEN_PIPE, "whoever read the output has gone"),
+    (TERMINATED, "ended by a signal"),
 )
 """Codes that shells know: 128 and the number of a signal."""
 

@@ -11,6 +11,8 @@ from cowstore_cli import console, sizes
 from cowstore_cli.options import common_options, device_argument, json_option
 from cowstore_cli.session import Session, pass_session
 
+NO_DEVICES = "no devices yet: `cowstore import` and `cowstore create` make some"
+
 
 @click.command()
 @json_option
@@ -22,6 +24,8 @@ def ls(session: Session, as_json: bool) -> None:
         devices = store.devices()
     if as_json:
         console.emit(devices)
+        return
+    if console.says_nothing(devices, NO_DEVICES):
         return
     living = {one.number for one in devices}
     rows = [(one.name, _kind(one), sizes.show(one.size), _parent(one, living), _when(one)) for one in devices]
@@ -48,13 +52,15 @@ def _when(device: cowstore.DeviceInfo) -> str:
 @common_options
 @pass_session
 def tree(session: Session, every: bool, as_json: bool) -> None:
-    """Show who descends from whom, and the bytes that each device has of its own."""
+    """Show who descends from whom, and what each has of its own."""
     from cowstore_cli import lineage
 
     with session.look() as store:
         devices, own = store.lineage(), store.own_bytes()
     if as_json:
         console.emit([console.plain(one) | {"own": own.get(one.name, 0)} for one in devices])
+        return
+    if console.says_nothing(devices, NO_DEVICES):
         return
     roots = lineage.grow(devices, own, every=every)
     if console.on_terminal():
@@ -72,7 +78,7 @@ def tree(session: Session, every: bool, as_json: bool) -> None:
 @common_options
 @pass_session
 def show(session: Session, name: str, as_json: bool) -> None:
-    """Show every fact about device NAME."""
+    """Show everything about device NAME: lineage, times and space."""
     with session.look() as store:
         device, usage, devices = store.info(name), store.usage(name), store.devices()
     children = [one.name for one in devices if one.parent_number == device.number]
@@ -111,10 +117,12 @@ def diff(session: Session, old: str, new: str, as_json: bool) -> None:
     if as_json:
         console.emit({"old": old, "new": new, "bytes": total, "changes": changes})
         return
+    if console.says_nothing(changes, f"{old} and {new} do not differ"):
+        return
     rows = [(str(change.offset), str(change.length)) for change in changes]
     console.table(("OFFSET", "LENGTH"), rows, right=["OFFSET", "LENGTH"])
     if console.on_terminal():
-        console.say(f"{len(changes):,} ranges, {sizes.exact(total)}")
+        console.say(f"{len(changes):,} range{'' if len(changes) == 1 else 's'}, {sizes.exact(total)}")
 
 
 @click.command()
@@ -129,17 +137,15 @@ def du(session: Session, names: tuple[str, ...], as_json: bool) -> None:
     parent's moment and what does not, EXCLUSIVE what deleting the device alone would free.
     """
     with session.look() as store, console.progress() as progress:
-        wanted = names or tuple(one.name for one in store.devices())
-        usages = []
-        for done, name in enumerate(wanted):
-            progress("usage", done, len(wanted))
-            usages.append(store.usage(name))
+        usages = store.usages(*names, progress=progress)
     if as_json:
-        console.emit([{"name": name} | console.plain(usage) for name, usage in zip(wanted, usages, strict=True)])
+        console.emit([{"name": name} | console.plain(usage) for name, usage in usages.items()])
+        return
+    if console.says_nothing(usages, NO_DEVICES):
         return
     rows = [
         (name, *map(sizes.show, (usage.virtual, usage.allocated, usage.inherited, usage.own, usage.exclusive)))
-        for name, usage in zip(wanted, usages, strict=True)
+        for name, usage in usages.items()
     ]
     headers = ("NAME", "VIRTUAL", "ALLOCATED", "INHERITED", "OWN", "EXCLUSIVE")
     console.table(headers, rows, right=headers[1:])
@@ -150,25 +156,31 @@ def du(session: Session, names: tuple[str, ...], as_json: bool) -> None:
 @common_options
 @pass_session
 def stats(session: Session, as_json: bool) -> None:
-    """Show the store as a whole: what it promises, and what it takes."""
+    """Show what the store as a whole promises, and what it takes.
+
+    VIRTUAL is what all guests together see, ALLOCATED what of it holds data, and USED what that takes: blocks are
+    stored once, however many devices have them. RESERVED is held ready by writers, DOOMED waits to be erased, FREE
+    can be written before another segment is added. FILES is what the segments take on the disk.
+    """
     with session.look() as store:
         found = store.stats()
     if as_json:
         console.emit(found)
         return
-    ratio = f", {found.virtual / found.used:,.1f} times what is stored" if found.used else ""
+    ratio = f", {found.allocated / found.used:,.1f} times what is used" if found.used else ""
     console.facts(
         [
             ("images", f"{found.images:,}"),
             ("clones", f"{found.clones:,}"),
-            ("virtual", sizes.exact(found.virtual) + ratio),
+            ("virtual", sizes.exact(found.virtual)),
+            ("allocated", sizes.exact(found.allocated) + ratio),
             ("used", sizes.exact(found.used)),
             ("reserved", sizes.exact(found.reserved)),
             ("doomed", sizes.exact(found.doomed)),
             ("free", sizes.exact(found.free)),
             ("segments", f"{found.segments:,}"),
             ("index entries", f"{found.index_entries:,}"),
-            ("files on disk", sizes.exact(found.file_bytes)),
+            ("files", sizes.exact(found.file_bytes)),
             ("catalog", sizes.exact(found.catalog_bytes)),
         ]
     )

@@ -1,7 +1,7 @@
 """The lineage of images and clones, as branches that can be drawn.
 
-A store with a thousand fresh clones of one image would be a thousand lines that say nothing, so clones
-with nothing of their own and no children are told in one line where there are many of them.
+A store with a thousand fresh clones of one image would be a thousand lines that say nothing, so clones with
+nothing of their own and no children are told in one line where many have the same name but for a number.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def grow(devices: Sequence[DeviceInfo], own: Mapping[str, int], *, every: bool) 
     if not every:
         for branch in branches.values():
             branch.children = _gather(branch.children)
+        roots = _gather(roots)
     return roots
 
 
@@ -67,13 +68,20 @@ def _branch(device: DeviceInfo, own: Mapping[str, int]) -> Branch:
     return Branch(device.name, remark, device.kind, plain=device.kind == "clone" and not bytes_own)
 
 
-def _gather(children: list[Branch]) -> list[Branch]:
-    alike = [branch for branch in children if branch.plain and not branch.children]
-    if len(alike) < MANY:
-        return children
-    kept = [branch for branch in children if not (branch.plain and not branch.children)]
-    span = f"{alike[0].title} ... {alike[-1].title}"
-    return [*kept, Branch(span, f"{len(alike):,} clones with nothing of their own (--all names them)", "rest")]
+def _gather(branches: list[Branch]) -> list[Branch]:
+    """The branches in their order; those that are alike but for a number come last, as one for each kind."""
+    alike: dict[str, list[Branch]] = {}
+    for branch in branches:
+        if branch.plain and not branch.children:
+            alike.setdefault(re.sub(r"\d+", "#", branch.title), []).append(branch)
+    many = [group for group in alike.values() if len(group) >= MANY]
+    gone = {id(branch) for group in many for branch in group}
+    return [branch for branch in branches if id(branch) not in gone] + [_rest(group) for group in many]
+
+
+def _rest(group: list[Branch]) -> Branch:
+    remark = f"{len(group):,} clones with nothing of their own (--all names them)"
+    return Branch(f"{group[0].title} ... {group[-1].title}", remark, "rest")
 
 
 def lines(roots: Sequence[Branch]) -> Iterator[str]:

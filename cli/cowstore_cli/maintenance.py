@@ -18,7 +18,10 @@ BLOCK_SIZE = 4096
 @common_options
 @pass_session
 def gc(session: Session, dry_run: bool, as_json: bool) -> None:
-    """Free the space of what no device names any more. Others may go on using the store meanwhile."""
+    """Free the space of what no device names any more.
+
+    Others may go on using the store meanwhile.
+    """
     with session.open() as store, console.progress() as progress:
         done = store.collect(dry_run=dry_run, progress=progress)
     if as_json:
@@ -47,7 +50,10 @@ def _waiting(done: cowstore.Collection) -> str:
 @common_options
 @pass_session
 def backup(session: Session, path: str, as_json: bool) -> None:
-    """Make a consistent copy of the whole store at PATH, while it is in use."""
+    """Make a consistent copy of the whole store at PATH.
+
+    Others may go on using the store meanwhile; ephemeral clones stay behind.
+    """
     with session.open() as store, console.progress() as progress:
         store.backup(path, progress=progress)
     if as_json:

@@ -36,5 +36,6 @@ def show(count: int) -> str:
 
 
 def exact(count: int) -> str:
-    """A size for people that keeps every byte: ``1.5KiB (1,536 bytes)``."""
-    return f"{show(count)} ({count:,} byte{'' if count == 1 else 's'})"
+    """A size for people that keeps every byte: ``1.5KiB (1,536 bytes)``, ``12 bytes``."""
+    every = f"{count:,} byte{'' if count == 1 else 's'}"
+    return every if count < 1024 else f"{show(count)} ({every})"

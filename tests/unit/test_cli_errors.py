@@ -45,6 +45,9 @@ def test_errors_are_one_line_and_leave_stdout_alone(run, stocked):
         (["clone", "debian", ".hidden"], 2),
         (["clone", "debian", "a/b"], 2),
         (["import", "nofile", "a"], 10),
+        (["import", ".", "a"], 10),
+        (["export", "debian", "."], 2),
+        (["export", "debian", "nowhere/out.raw"], 3),
         (["create", "a", "20GB"], 2),
         (["create", "a", "many"], 2),
         (["seal", "debian"], 2),
@@ -135,7 +138,8 @@ def test_reader_that_goes_away_is_not_an_error(run, stocked):
     assert process.returncode == 141
 
 
-def test_interrupt(run, stocked):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt(run, stocked, number):
     run("create", "scratch", "64M")
     command = [sys.executable, "-m", "cowstore_cli", "-s", str(stocked), "write", "scratch"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -143,10 +147,10 @@ def test_interrupt(run, stocked):
         assert process.stderr is not None
         process.stdin.write(b"x" * 8 * MIB)  # more than a pipe holds: when this returns, it is reading
         process.stdin.flush()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.wait(20)
         assert b"Traceback" not in process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert not any(run("read", "scratch", "--length", "8M").stdout_bytes)
 
 

@@ -207,15 +207,15 @@ def test_keys_that_mean_something_else_are_digests_too(index, key):
 
 @pytest.mark.parametrize("batch", [1, 10, 1000])
 def test_one_digest_has_at_most_eight_ids(index, batch):
-    others = made(500)
-    index.insert(*others)
+    digests, ids = made(500)
+    for turn in range(10):
+        assert index.insert(digests, ids + turn) == (500 if turn < 8 else 0)
     collisions = b"d" * 16000, np.arange(1, 1001, dtype=np.uint64)
     started = time.monotonic()
     assert sum(index.insert(*part) for part in cut(collisions, batch)) == 8
     assert time.monotonic() - started < 2
     assert len(set(index.candidates(b"d" * 16))) == 8
-    assert len(index) == 508
-    assert recall(index, *others) == 1
+    assert all(len(set(index.candidates(digest))) == 8 for digest, _ in cut((digests, ids), 1))
 
 
 @pytest.mark.parametrize("batch", [1, 100, 300])
@@ -228,6 +228,7 @@ def test_a_crowd_in_the_last_bucket_runs_on_at_the_first(index, batch):
     assert 19_950 < index.insert(*made(20_000)) < 20_000  # some find the crowd in their way
     assert recall(index, *crowd) == places / 300
     assert index.remove(*crowd) == places
+    assert sum(index.insert(*part) for part in cut(crowd, batch)) == places
 
 
 def test_places_of_removed_entries_are_used_again(index):
@@ -264,18 +265,16 @@ def test_searches_go_on_while_a_thread_writes(index):
     while writer.is_alive():
         recalls.append(recall(index, *entries))
     assert recalls == sorted(recalls)
-    assert len(set(recalls)) > 3
     assert recall(index, *entries) == 1
 
 
 def test_is_stale_until_rebuilt_in_this_boot(handle, index, monkeypatch):
     assert index.stale
-    index.insert(*made(9000))  # grows; that makes nothing complete
-    assert index.stale
+    index.insert(*made(9000))
+    assert index.stale  # growing makes nothing complete
     assert index.rebuild([made(9000)], 9000)
-    assert not index.stale
-    index.insert(*made(9000, "more"))
     assert not handle().stale
+    index.insert(*made(9000, "more"))
     monkeypatch.setattr(cowstore.index, "boot_id", lambda: b"another boot id.")
     rebooted = handle()
     assert rebooted.stale
@@ -294,9 +293,8 @@ def test_rebuild_grows_once_and_keeps_what_others_add(directory, handle, index):
         for number, part in enumerate(cut(made(30_000), 1000)):
             yield part
             inodes.add((directory / "table").stat().st_ino)
-            other = handle()
-            assert other.stale
-            assert other.insert(*made(100, f"other {number}")) == 100
+            assert handle().insert(*made(100, f"other {number}")) == 100
+            assert handle().stale
 
     assert index.rebuild(batches(), 33_000)
     assert len(inodes) == 2
@@ -315,7 +313,6 @@ def test_rebuild_throws_out_what_is_mostly_wrong_and_may_break_off(index):
     assert index.stale
     assert (len(index), index.capacity) == (1000, FIRST_CAPACITY)
     assert recall(index, *made(1000, "kept")) == 1
-    assert index.insert(*made(100, "after")) == 100
 
 
 def flip(path: Path, offset: int) -> None:
@@ -324,7 +321,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 FIELDS = {"magic": 0, "version": 8, "bucket-size": 12, "seed": 16, "inode": 24, "buckets": 32, "checksum": 40}
-SIZES = {"empty": 0, "header-only": 4096, "half": 36_864, "short": 69_631, "long": 69_696, "twice": 135_168}
+SIZES = {"empty": 0, "header-only": 4096, "half": 36_864, "short": 69_631, "long": 69_633, "twice": 135_168}
 DAMAGE: dict[str, Callable[[Path], object]] = {
     **{name: partial(flip, offset=offset) for name, offset in FIELDS.items()},
     **{name: partial(os.truncate, length=size) for name, size in SIZES.items()},
@@ -343,11 +340,9 @@ def test_a_table_that_does_not_fit_is_thrown_away(directory, handle, damage):
     assert (index.stale, recall(index, *entries)) == (False, 1)
     assert (directory / "table").stat().st_size == 69_632
     DAMAGE[damage](directory / "table")
-    (directory / "table.new").write_bytes(b"left by a crash")
     for index in (handle(readonly=True), handle()):
         assert index.stale
         assert len(index) == recall(index, *entries) == 0
-    assert not (directory / "table.new").exists()
     assert index.insert(*entries) == 2000
     assert recall(handle(), *entries) == 1
 
@@ -358,28 +353,30 @@ def test_rubbish_in_the_buckets_and_counters_harms_nobody(directory, index, seed
     index.rebuild([made(2000)], 2000)
     words = np.memmap(directory / "table", np.uint64)
     words[16:18] = source.integers(0, 1 << 64, 2, np.uint64) if seed else (1 << 64) - 1
-    words[512:] = source.integers(0, 1 << 64, len(words) - 512, np.uint64)
+    words[3000:] = source.integers(0, 1 << 64, len(words) - 3000, np.uint64)
     words[source.integers(512, len(words), 1500)] = 0
     words[source.integers(512, len(words), 1500)] = (1 << 64) - 1
     assert 0 <= len(index) <= index.capacity
     index.candidates(made(1)[0])
-    index.remove(*made(2000))
+    assert index.remove(*made(2000)) > 0
     for turn in range(4):
-        entries = made(3000, turn)
-        index.insert(*next(cut(entries, 1)))
+        entries = made(3000, f"turn {turn}")
         index.insert(*entries)
         assert recall(index, *entries) > 0.9
     assert index.capacity < 64 * FIRST_CAPACITY
 
 
 def test_handles_share_entries_at_once_and_a_grown_table_at_refresh(directory, handle, index):
+    (directory / "table.new").write_bytes(b"left by a crash")
     reader, writer = handle(), handle()
+    assert not (directory / "table.new").exists()
     index.insert(*made(1000))
     assert recall(reader, *made(1000)) == 1
     index.insert(*made(5000, "more"))
     assert recall(reader, *made(5000, "more")) == 0
     reader.refresh()
     assert recall(reader, *made(5000, "more")) == 1
+    assert index._adopt() is index._present()  # which costs no opening
     assert reader.capacity == index.capacity > FIRST_CAPACITY
     assert writer.insert(*made(100, "late")) == 100  # finds the table in place by itself
     assert recall(writer, *made(5000, "more")) == recall(index, *made(100, "late")) == 1
@@ -387,8 +384,7 @@ def test_handles_share_entries_at_once_and_a_grown_table_at_refresh(directory, h
 
 def test_readonly_searches_and_changes_nothing(directory, handle):
     reader = handle(readonly=True)
-    assert reader.stale
-    assert reader.lookup(bytes(16)).tolist() == [0]
+    assert (reader.stale, reader.lookup(bytes(16)).tolist()) == (True, [0])
     assert not directory.exists()
     writer = handle()
     writer.rebuild([made(100)], 100)
@@ -412,10 +408,17 @@ def test_a_busy_lock_costs_hints_not_time(directory, handle, index, monkeypatch)
     assert time.monotonic() - started >= 0.1
     for _ in range(100):
         assert index.insert(*made(10)) == index.remove(*made(10)) == 0
-    assert not index.rebuild([made(10)], 10)
     assert handle().lookup(bytes(16)).tolist() == [0]
     assert time.monotonic() - started < 2
     holder.unlock()
+
+    def busy_at_one() -> Iterator[tuple[bytes, np.ndarray]]:
+        assert holder.try_lock(exclusive=True)
+        yield made(10)
+        holder.unlock()
+
+    assert not index.rebuild(busy_at_one(), 10)
+    assert index.stale
     assert index.rebuild([made(10)], 10)
     assert index.insert(*made(10, "more")) == 10
     assert holder.try_lock(exclusive=True)
@@ -461,11 +464,9 @@ def test_a_full_disk_moves_the_index_into_memory_and_back(directory, handle, mon
         index = handle()
         assert index.insert(*made(3000)) == 3000
         assert index.rebuild([made(3000)], 3000)
-        assert not index.stale
         assert [one.name for one in directory.iterdir()] == ["lock"]
     other = handle()
-    assert other.stale
-    assert recall(other, *made(3000)) == 0
+    assert (other.stale, recall(other, *made(3000))) == (True, 0)
     index.refresh()
     assert recall(index, *made(3000)) == 1
     assert index.insert(*made(9000, "more")) == 9000
@@ -495,5 +496,4 @@ def test_a_disk_that_refuses_leaves_an_index_in_memory(handle, monkeypatch, call
 
     monkeypatch.setattr(Disk, call, refuse)
     index = handle()
-    assert index.insert(*made(9000)) == 9000
-    assert recall(index, *made(9000)) == 1
+    assert (index.insert(*made(9000)), recall(index, *made(9000))) == (9000, 1)
