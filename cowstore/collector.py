@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from . import catalog, slots
 from .copies import Copies
 from .digest import DIGEST_SIZE
 from .environment import Environment, Snapshot, Writer
-from .errors import InUseError
+from .errors import InUseError, StoreError
 from .files import Disk
 from .index import Index
 from .layout import (
@@ -122,12 +122,16 @@ class Collector:
 
     @contextmanager
     def _turn(self, path: Path) -> Iterator[None]:
-        file = self._disk.open(path, write=True, create=True)
+        try:
+            file = self._disk.open(path, write=True, create=True)
+        except OSError as error:
+            raise StoreError(f"the lock file {path} cannot be opened: {error.strerror}") from error
         try:
             if not file.try_lock(exclusive=True):
                 holder = file.read_at(32, 0).strip()
                 raise InUseError("the collector", int(holder) if holder.isdigit() else 0, hint="one run at a time")
-            file.write_at(b"%-20d\n" % os.getpid(), 0)
+            with suppress(OSError):  # for people
+                file.write_at(b"%-20d\n" % os.getpid(), 0)
             yield
         finally:
             file.close()

@@ -6,16 +6,18 @@ from the commit blocks that came later.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .environment import Environment, verify_copy
-from .errors import NoSpaceError
+from .errors import InUseError, NoSpaceError, StoreError
 from .files import Disk
 
 _DAY = 86400.0  # seconds
+_PATIENCE = 30.0  # seconds
 
 
 class Copies:
@@ -42,21 +44,35 @@ class Copies:
 
         On a full disk the older copy goes first.
         """
-        target = self.paths()[0]
+        with self._turn():
+            target = self.paths()[0]
+            try:
+                return self._make(target)
+            except NoSpaceError:
+                shutil.rmtree(target, ignore_errors=True)
+                return self._make(target)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One process at a time."""
+        lock = self._disk.open(self._directory / "leases" / "copies", write=True, create=True)
+        deadline = time.monotonic() + _PATIENCE
         try:
-            return self._make(target)
-        except NoSpaceError:
-            shutil.rmtree(target, ignore_errors=True)
-            return self._make(target)
+            while not lock.try_lock(exclusive=True):
+                if time.monotonic() > deadline:
+                    raise InUseError("the lock of the catalog's copies")
+                time.sleep(0.01)
+            yield
+        finally:
+            lock.close()
 
     def _make(self, target: Path) -> Path:
         aside = target.with_name(f"{target.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         self._disk.make_directory(aside)
         try:
-            self._environment.copy(aside)
+            self._write(aside)
             verify_copy(aside, self._disk)
-            os.utime(aside)
             old = target.with_name(f"{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
@@ -64,10 +80,20 @@ class Copies:
             self._disk.rename(aside, target)
             self._disk.sync_directory(self._directory)
             shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise StoreError(f"the catalog cannot be copied: {error}") from error
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         return target
+
+    def _write(self, aside: Path) -> None:
+        file = self._disk.open(aside / "data.mdb", write=True, exclusive=True)
+        try:
+            self._environment.copy(file)
+        finally:
+            file.close()
 
     def make_if_due(self) -> None:
         """Makes a copy if the newest one is older than a day."""

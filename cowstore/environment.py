@@ -35,56 +35,45 @@ _MAX_READERS = 4096
 _LOCK_TIMEOUT = 30.0  # seconds
 _META = struct.Struct("<16x II QQ 16x32x 48x QQ")
 _META_MAGIC = 0xBEEFC0DE
-_SHORT = "data.mdb is shorter than its meta pages say"
 
 Transaction = Any  # lmdb.Transaction is generic in its stubs only
 
 
-def vet(path: Path, gate: WriteGate | None = None) -> None:
+def vet(path: Path) -> None:
     """Checks LMDB's two meta pages and the file's length before LMDB trusts them.
 
     LMDB falls back to the older meta page without a word, and maps a file that is too short.
-
-    Args:
-        path: The catalog.
-        gate: Where it is given, a file that is only too short is made longer: a crash may have come between a
-            commit and Environment._keep_length(). If it was cut off instead, its records will not verify.
 
     Raises:
         CatalogCorruptError: One of them is not as LMDB leaves it.
     """
     reason = ""
     for _ in range(5):  # a commit between the two reads looks like damage once
-        reason, length = _meta_fault(path / "data.mdb")
+        reason = _meta_fault(path / "data.mdb")
         if not reason:
             return
         time.sleep(0.01)
-    if gate is None or reason != _SHORT:
-        raise CatalogCorruptError(str(path), reason)
-    with gate.held():
-        reason, length = _meta_fault(path / "data.mdb")
-        if reason == _SHORT:
-            os.truncate(path / "data.mdb", length)
+    raise CatalogCorruptError(str(path), reason)
 
 
-def _meta_fault(file: Path) -> tuple[str, int]:
-    """What is wrong, nothing if that is empty; and the bytes that the file must have."""
+def _meta_fault(file: Path) -> str:
     try:
         with open(file, "rb", buffering=0) as data:
             first, second = data.read(152), os.pread(data.fileno(), 152, mmap_page())
             size = os.fstat(data.fileno()).st_size
     except FileNotFoundError:
-        return "data.mdb is missing", 0
+        return "data.mdb is missing"
     if len(first) < 152 or len(second) < 152:
-        return "data.mdb is cut off", 0
+        return "data.mdb is cut off"
     metas = [_META.unpack(page) for page in (first, second)]
     if any(magic != _META_MAGIC or version != 1 for magic, version, *_ in metas):
-        return "a meta page of data.mdb is damaged", 0
+        return "a meta page of data.mdb is damaged"
     old, new = sorted(meta[-1] for meta in metas)
     if new > 1 and (new - old != 1 or metas[new & 1][-1] != new):
-        return "the meta pages of data.mdb do not follow each other", 0
-    length = (metas[new & 1][-2] + 1) * mmap_page()
-    return _SHORT if size < length else "", length
+        return "the meta pages of data.mdb do not follow each other"
+    if size < (metas[new & 1][-2] + 1) * mmap_page():
+        return "data.mdb is shorter than its meta pages say"
+    return ""
 
 
 def mmap_page() -> int:
@@ -182,13 +171,20 @@ class Snapshot:
 
 
 class Writer(Snapshot):
-    """A write transaction: a snapshot that can change records. The state is mutable and saved at the end."""
+    """A write transaction: a snapshot that can change records. The state is mutable and saved at the end.
+
+    Attributes:
+        put_bytes: How much was put, keys included.
+    """
+
+    put_bytes = 0
 
     def put(self, table: bytes, key: bytes, payload: bytes) -> None:
         """Adds or replaces a record."""
         self._forget(table, key)
         value, check = layout.seal_record(table, key, payload)
         self._txn.put(key, value, db=self._environment.table(table))
+        self.put_bytes += len(key) + len(value)
         self.state.records += 1
         self.state.total = (self.state.total + check) & (1 << 64) - 1
 
@@ -329,9 +325,8 @@ class Environment:
                 raise InUseError(
                     f"catalog {path}", os.getpid(), hint="this process has it open read-only; close that first"
                 )
-            gate = WriteGate(disk, gate_path)
-            vet(path, None if readonly else gate)
-            environment = cls(path, gate, readonly=readonly)
+            vet(path)
+            environment = cls(path, WriteGate(disk, gate_path), readonly=readonly)
             try:
                 environment._check()
             except BaseException:
@@ -370,11 +365,11 @@ class Environment:
         """
         if self.readonly:
             raise ReadOnlyError(f"store {self.path.parent}", hint="it was opened read-only")
-        if self.poisoned:
-            raise PoisonedError(self.poisoned)
         if self._pid != os.getpid():
             raise ClosedError("a store must not be used by a process forked from the one that opened it")
         with self._gate.held():
+            if self.poisoned:
+                raise PoisonedError(self.poisoned)
             txn = self._env.begin(write=True)
             try:
                 writer = Writer(self, txn)
@@ -382,6 +377,7 @@ class Environment:
                     writer.start_state()
                 yield writer
                 writer.save_state()
+                self._make_room(writer.put_bytes)
             except lmdb.Error as error:
                 txn.abort()
                 raise self._translated(error) from error
@@ -399,15 +395,18 @@ class Environment:
                 self.poisoned = str(error)
                 translated = PoisonedError(self.poisoned)
             raise translated from error
-        self._keep_length()
 
-    def _keep_length(self) -> None:
-        """Extends data.mdb where LMDB left its last, unused pages unwritten, so that vet() can be strict."""
-        needed = (self._env.info()["last_pgno"] + 1) * mmap_page()
-        data = self.path / "data.mdb"
-        with suppress(OSError):  # the commit counts all the same, and vet() makes up for it
-            if os.stat(data).st_size < needed:
-                os.truncate(data, needed)
+    def _make_room(self, put_bytes: int) -> None:
+        """Makes data.mdb longer than a commit of so many bytes put can need, so that vet() can be strict.
+
+        LMDB leaves its last pages unwritten where nothing uses them, and a crash may follow any commit: so the
+        length comes first, and LMDB's own sync takes it along. Bytes never written take no space.
+        """
+        data, page = self.path / "data.mdb", mmap_page()
+        needed = 2 * self._env.info()["last_pgno"] + put_bytes // 1024 + 64  # pages
+        with suppress(OSError):
+            if os.stat(data).st_size < needed * page:
+                os.truncate(data, (needed + 64) * page)
 
     def _translated(self, error: lmdb.Error) -> Exception:
         text = str(error)
@@ -429,10 +428,10 @@ class Environment:
                 pins.append((int(pid), int(txnid)))
         return pins
 
-    def copy(self, path: Path) -> None:
-        """Writes a compact copy of the catalog into an empty directory, with LMDB's own means."""
+    def copy(self, file: File) -> None:
+        """Writes a compact copy of the catalog into an empty file, with LMDB's own means."""
         try:
-            self._env.copy(str(path), compact=True)
+            self._env.copyfd(file.fd, compact=True)
         except lmdb.Error as error:
             raise self._translated(error) from error
 

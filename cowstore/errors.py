@@ -1,7 +1,7 @@
 """Everything that cowstore raises, one tree.
 
     StoreError
-    |-- NotFoundError            no device, checkpoint or store of that name
+    |-- NotFoundError            no device, store or file of that name
     |-- ExistsError              the name or the file is taken
     |-- InvalidError             an argument that can never be right: a bad name, a negative size
     |   `-- RangeError           an offset or length outside the device
@@ -227,7 +227,7 @@ class CatalogCorruptError(CorruptError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
-            f"catalog {path}: {reason}", hint="put a verified catalog.copy in its place, or restore a backup"
+            f"catalog {path}: {reason}", hint="put the newer catalog.copy in its place, or restore a backup"
         )
         self.path = path
         self.reason = reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 from . import layout
@@ -77,15 +78,20 @@ def read_identity(path: Path) -> Identity:
         NotFoundError: There is nothing.
         FormatError: It is not a store, its store.json is damaged, or it is of a newer format.
     """
+    if sys.byteorder != "little":
+        raise FormatError(str(path), "stores are little-endian, and this host is not")
     file = path / "store.json"
     try:
         text = file.read_bytes()
     except FileNotFoundError:
         if not path.exists():
             raise NotFoundError("store", str(path), hint="make one with `cowstore init`") from None
-        raise FormatError(str(path), "it is not a store: it has no store.json") from None
+        hint = "name the store's directory, or make one in an empty directory with `cowstore init`"
+        raise FormatError(str(path), "it is not a store: it has no store.json", hint=hint) from None
     except NotADirectoryError:
-        raise FormatError(str(path), "it is not a store: it is no directory") from None
+        raise FormatError(
+            str(path), "it is not a store: it is no directory", hint="name the store's directory"
+        ) from None
     except OSError as error:
         raise FormatError(str(file), f"it cannot be read: {error.strerror}") from error
     try:

@@ -250,7 +250,8 @@ class DeviceRecord:
         (kind, flags, base_height, height, children, base, base_size, root, size,
          parent, sequence, created, owner, boot, length, _) = _DEVICE.unpack_from(payload)  # fmt: skip
         name = payload[_DEVICE.size :]
-        if kind not in (IMAGE, CLONE) or len(name) != length or not 0 < height <= MAX_HEIGHT:
+        heights = range(1, MAX_HEIGHT + 1)
+        if kind not in (IMAGE, CLONE) or len(name) != length or height not in heights or base_height not in heights:
             raise ValueError("a device record makes no sense")
         return cls(
             number, name.decode(), kind, Root(base, base_height, base_size), Root(root, height, size),
@@ -400,7 +401,10 @@ def decode_commit(block: bytes) -> tuple[Commit, int, int]:
         raise ValueError("a commit block does not match its checksum")
     (_, version, part, parts, count, sequence, number, parent, base, base_size, root, size, base_height, height,
      flags, next_block, created, owner, boot, kind, length) = _COMMIT.unpack_from(body)  # fmt: skip
+    heights = range(1, MAX_HEIGHT + 1)
     if version != FORMAT_VERSION or count > COMMIT_RUNS or length > NAME_LIMIT:
+        raise ValueError("a commit block is of another version, or makes no sense")
+    if kind not in (IMAGE, CLONE) or height not in heights or base_height not in heights:
         raise ValueError("a commit block makes no sense")
     runs_at = _COMMIT.size + NAME_LIMIT
     device = DeviceRecord(

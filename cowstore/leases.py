@@ -88,7 +88,7 @@ class Leases:
             return self._disk.open(path, write=True, create=True)
         except OSError as error:
             if error.errno not in _READ_ONLY:
-                raise
+                raise StoreError(f"the lock file {path} cannot be opened: {error.strerror}") from error
         try:
             return self._disk.open(path)
         except OSError:

@@ -6,7 +6,7 @@ flushed moment, which is what a power cut would leave, and the writer notices no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from .catalog import DeviceInfo, check_name, check_size
 from .environment import Environment, Snapshot, Writer
 from .errors import InvalidError, NotFoundError
 from .layout import CLONE, HIDDEN, IMAGE, DeviceRecord, Root
-from .leases import Leases
+from .leases import Lease, Leases
 
 
 class Lineage:
@@ -25,11 +25,33 @@ class Lineage:
         self._environment = environment
         self._leases = leases
 
-    def create(self, name: str, size: int) -> DeviceRecord:
-        """A blank clone of so many bytes."""
+    def create(self, name: str, size: int) -> tuple[DeviceRecord, Lease]:
+        """A blank clone of so many bytes, and its lease."""
         root = Root(layout.HOLE, layout.height_for(check_size(size)), size)
-        with self._environment.write() as writer:
-            return catalog.add(writer, DeviceRecord(0, check_name(name), CLONE, root, root))
+        record = DeviceRecord(0, check_name(name), CLONE, root, root)
+        return self._leased(lambda writer: catalog.add(writer, record))
+
+    def clone_leased(self, parent: str, name: str, *, ephemeral: bool) -> tuple[DeviceRecord, Lease]:
+        """A single clone, and its lease."""
+
+        def add(writer: Writer) -> DeviceRecord:
+            self._add_clones(writer, catalog.find(writer, parent), [name], ephemeral=ephemeral)
+            return catalog.find(writer, name)
+
+        return self._leased(add)
+
+    def _leased(self, add: Callable[[Writer], DeviceRecord]) -> tuple[DeviceRecord, Lease]:
+        """Makes a device and takes its lease at once: one whose lease cannot be had is not made."""
+        lease = None
+        try:
+            with self._environment.write() as writer:
+                record = add(writer)
+                lease = self._leases.take(record.number, f"clone {record.name!r}", exclusive=True)
+        except BaseException:
+            if lease is not None:
+                lease.close()
+            raise
+        return record, lease
 
     def clone(self, parent: str, names: Sequence[str], *, ephemeral: bool) -> list[DeviceInfo]:
         """Clones of an image, or of a clone's last flushed moment, in one transaction."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BlockCorruptError, SegmentCorruptError
+from .errors import BlockCorruptError
 from .layout import DATA_KINDS, MAP_KINDS, SLOT_BITS, SLOT_MASK, SLOTS_PER_SEGMENT, Root
 from .segments import Segments
 from .tree import Ids, ids_of
@@ -81,11 +81,7 @@ class Marks:
         return found
 
     def _of(self, number: int, kinds: frozenset[int], example: int) -> npt.NDArray[np.bool_]:
-        try:
-            kind = self._segments.get(number).kind
-        except SegmentCorruptError as error:
-            raise BlockCorruptError(example, f"its segment is unusable: {error.reason}") from error
-        if kind not in kinds:
+        if self._segments.get(number).kind not in kinds:
             raise BlockCorruptError(example, "it is named at a level where its segment has no place")
         return self.reached(number)
 

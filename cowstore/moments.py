@@ -42,6 +42,7 @@ class Moments:
             Their records, and a function that lets them go. It may be called from a destructor: it only
             notes what sweep() is to drop.
         """
+        self.sweep()
         pin = self._environment.read()
         try:
             records = choose(pin)

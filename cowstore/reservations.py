@@ -143,8 +143,10 @@ class Reservations:
         return found
 
     def _new_segment(self, kind: int) -> int:
-        with self._environment.write() as writer:
-            number = writer.number()
+        number = 0
+        while not number or self._segments.path(number).exists():  # there it is of a catalog that is lost
+            with self._environment.write() as writer:
+                number = writer.number()
         self._segments.create(number, kind)
         return number
 
@@ -188,6 +190,12 @@ class Reservations:
         except BaseException:
             self.abandon(list(doomed))
             raise
+
+    def doom_abandoned(self) -> None:
+        """Dooms what was given up now, rather than with the next commit."""
+        if self._abandoned:
+            with self._environment.write() as writer:
+                self.publish(writer, [])
 
     def _doom(self, writer: Writer, runs: tuple[Run, ...]) -> None:
         if runs:

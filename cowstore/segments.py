@@ -197,6 +197,8 @@ class Segments:
 
     def data_segment(self, block_id: int) -> Segment:
         """The segment of a data block; an error where a leaf names something else."""
+        if block_id >= layout.BLOCK_ID_LIMIT:
+            raise BlockCorruptError(block_id, "its reserved bits are not zero")
         segment = self.get(block_id >> SLOT_BITS)
         if segment.kind not in DATA_KINDS:
             raise BlockCorruptError(block_id, "it is named as data but lies in a map segment")

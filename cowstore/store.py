@@ -133,8 +133,8 @@ class Store:
     def create(self, name: str, size: int) -> Clone:
         """A blank clone of so many bytes, open for writing."""
         self._check_writable()
-        self._lineage.create(name, size)
-        return self._open_clone(name)
+        self._writing_engine()  # what else may fail comes first
+        return self._clone_of(*self._lineage.create(name, size))
 
     def clone(self, parent: str, name: str, *, size: int | None = None, ephemeral: bool = False) -> Clone:
         """A private writable copy of an image, or of a clone's last flushed moment, open for writing.
@@ -153,8 +153,8 @@ class Store:
                 f"a clone of {parent!r} cannot be smaller than its {least} bytes",
                 hint="resize the clone afterwards",
             )
-        self._lineage.clone(parent, [name], ephemeral=ephemeral)
-        clone = self._open_clone(name)
+        self._writing_engine()  # what else may fail comes first
+        clone = self._clone_of(*self._lineage.clone_leased(parent, name, ephemeral=ephemeral))
         try:
             if size is not None and size != clone.size:
                 clone.resize(size)
@@ -326,6 +326,8 @@ class Store:
         collector = Collector(
             self._environment, engine.segments, self._leases, engine.index, engine.copies, self._disk, progress
         )
+        self._moments.sweep()
+        engine.reservations.doom_abandoned()
         lock = self.path / "leases" / "collector"
         collection = self._despite_full_disk(lambda: collector.run(lock, dry_run=dry_run))
         founding.make_reserve(self.path, self._disk)
@@ -371,14 +373,16 @@ class Store:
         return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, release))
 
     def _open_clone(self, name: str) -> Clone:
+        self._writing_engine()
+        record = self._find(name)
+        return self._clone_of(record, self._leases.take(record.number, f"clone {name!r}", exclusive=True))
+
+    def _clone_of(self, record: DeviceRecord, lease: Lease) -> Clone:
         from .clones import Clone
 
-        workshop = self._writing_engine().workshop
-        record = self._find(name)
-        lease = self._leases.take(record.number, f"clone {name!r}", exclusive=True)
         record = self._opened(record, lease)
         info = self._lineage.describe(record)
-        return self._keep(Clone(info, record, workshop, self, lease.close))
+        return self._keep(Clone(info, record, self._writing_engine().workshop, self, lease.close))
 
     @property
     def _reading(self) -> tuple[Environment, Segments]:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .digest import BLOCK_SIZE
-from .errors import BlockCorruptError
 from .layout import FANOUT, FANOUT_BITS, HOLE, Root
 from .segments import Node, Segments
 
@@ -169,14 +168,6 @@ def _children(segments: Segments, level: int, node_id: int, height: int) -> Ids:
     children = np.zeros(FANOUT, np.uint64)
     children[0] = node_id
     return children
-
-
-def check_leaf(segments: Segments, ids: Ids) -> None:
-    """Raises BlockCorruptError where a leaf names something else than data."""
-    for number in np.unique(ids[ids != 0] >> np.uint64(18)).tolist():
-        segments.data_segment(number << 18)
-    if (ids >= np.uint64(1 << 56)).any():
-        raise BlockCorruptError(int(ids.max()), "an id with reserved bits")
 
 
 def changed_blocks(segments: Segments, old: Ids, new: Ids) -> Iterator[tuple[int, bytes]]:

@@ -37,7 +37,7 @@ def main() -> None:
         for name, topic in topics.items():
             run_topic(bench, name, topic)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        ground.remove_folder(folder)
         print(measure.report(bench.rows))
     print(f"{time.monotonic() - begun:.0f} s" + (", quick: the figures mean nothing" if bench.quick else ""))
     if busy > 0.5:
@@ -52,7 +52,9 @@ def run_topic(bench: measure.Bench, name: str, topic: ModuleType) -> None:
     bench.folder = place / name
     bench.folder.mkdir()
     try:
+        begun = time.monotonic()
         topic.run(bench)
+        bench.say(f"{time.monotonic() - begun:.0f} s")
     finally:
         shutil.rmtree(bench.folder, ignore_errors=True)
         bench.folder = place

@@ -18,6 +18,7 @@ MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 BLOCK = 4096
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _IN_MEMORY = {"tmpfs", "ramfs"}
+_HERE = Path(".bench")
 
 
 def find_program(name: str) -> str | None:
@@ -42,8 +43,10 @@ def make_folder() -> Path:
     if "TMPDIR" in os.environ:
         folder = Path(os.environ["TMPDIR"]) / f"cowstore-bench-{os.getpid()}"
     else:
-        folder = Path(".bench")
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = _HERE / str(os.getpid())
+        for left in _HERE.glob("[0-9]*"):  # by runs that were killed
+            if not Path("/proc", left.name).exists():
+                shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(parents=True)
     kind = file_system(folder)
     if kind in _IN_MEMORY:
@@ -53,6 +56,13 @@ def make_folder() -> Path:
     if free < 14 * GIB:
         raise SystemExit(f"bench: {folder} has {free / GIB:.0f} of 14 GiB free; TMPDIR names another place")
     return folder.resolve()
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes it with all that is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        _HERE.rmdir()
 
 
 def command() -> list[str]:

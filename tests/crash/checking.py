@@ -81,7 +81,7 @@ def _check_together(book: Book, at: int, promises: Promises, found: Found) -> No
         if start < at < end:
             done = set()
             for name in names:
-                before, *_, after = promises[name]
+                before, after = promises[name][0], promises[name][-1]
                 if (before is None) != (after is None):
                     done.add((found.get(name) is None) == (after is None))
             if len(done) > 1:

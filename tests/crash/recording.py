@@ -105,10 +105,11 @@ class DirectorySynced:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The content of LMDB's file after a commit, durable."""
+    """The content of LMDB's file after a commit, durable; it ends in zeros."""
 
     file: int
     data: bytes
+    size: int
 
 
 Operation = Linked | Unlinked | Renamed | Written | Sized | Punched | Synced | DirectorySynced | Committed
@@ -250,7 +251,8 @@ class Recorder:
         """A commit of LMDB's is done, and nothing else yet."""
         with self._lock:
             number = self._catalog_file(catalog)
-            self.note("commit", Committed(number, (catalog / "data.mdb").read_bytes()))
+            data = (catalog / "data.mdb").read_bytes()
+            self.note("commit", Committed(number, data.rstrip(b"\0"), len(data)))
             self._commits += 1
             table = catalog.parent / "index" / "table"
             if self._commits % HINTS_EVERY == 0 and table.exists():
@@ -413,25 +415,25 @@ class _Watched:
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[RecordingDisk]:
     """A disk that notes everything, and LMDB's commits noted too while it lasts."""
-    commit, keep_length = Environment._commit, Environment._keep_length
+    commit, make_room = Environment._commit, Environment._make_room
 
     def noting_commit(environment: Environment, txn: Any) -> None:
         if recorder.top in environment.path.parents:
             txn = _Watched(txn, recorder, environment.path)
         commit(environment, txn)
 
-    def noting_length(environment: Environment) -> None:
+    def noting_length(environment: Environment, put_bytes: int) -> None:
         data = environment.path / "data.mdb"
         before = data.stat().st_size
-        keep_length(environment)
+        make_room(environment, put_bytes)
         if data.stat().st_size != before and recorder.top in environment.path.parents:
             recorder.lengthened(environment.path, data.stat().st_size)
 
-    Environment._commit, Environment._keep_length = noting_commit, noting_length  # type: ignore[method-assign]
+    Environment._commit, Environment._make_room = noting_commit, noting_length  # type: ignore[method-assign]
     try:
         yield RecordingDisk(recorder)
     finally:
-        Environment._commit, Environment._keep_length = commit, keep_length  # type: ignore[method-assign]
+        Environment._commit, Environment._make_room = commit, make_room  # type: ignore[method-assign]
 
 
 def is_hint(path: Path) -> bool:

@@ -168,11 +168,12 @@ class History:
 
     def _step(self, position: int, operation: Operation) -> None:
         match operation:
-            case Committed(number, data):
+            case Committed(number, data, size):
                 file = self._files[number]
                 file.open.clear()
                 file.durable = Content()
                 file.durable.write(0, data)
+                file.durable.resize(size)
             case Synced(number, covers, lost):
                 file = self._files[number]
                 if not lost:

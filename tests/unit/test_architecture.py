@@ -65,7 +65,7 @@ OUTSIDE = {
 
 # Where another module may touch the store's, as (module, call): the reason.
 DISK_EXCEPTIONS = {
-    ("environment", "os.truncate"): "LMDB's own file, made as long as LMDB says it is, after LMDB's own commit",
+    ("environment", "os.truncate"): "LMDB's own file, made long enough before LMDB's own commit",
 }
 
 
