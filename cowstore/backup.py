@@ -8,7 +8,6 @@ is durable. Ephemeral devices stay behind.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ import numpy as np
 from . import catalog, layout, slots
 from .digest import BLOCK_SIZE, Hasher
 from .environment import Environment, Snapshot, Writer
-from .errors import BlockCorruptError, ExistsError
+from .errors import BlockCorruptError, ExistsError, NotFoundError, StoreError
 from .files import Disk
 from .layout import CHUNK_SLOTS, CHUNKS_PER_SEGMENT, DELETED, FREE, SLOT_BITS, USED, DeviceRecord, Identity
 from .marks import Marks
@@ -42,12 +41,14 @@ class Backup:
     def __init__(self, disk: Disk, source: Segments, hasher: Hasher, target: Path) -> None:
         if os.path.lexists(target):
             raise ExistsError("file", str(target), hint="a backup makes a new directory")
+        if not os.path.isdir(target.parent):
+            raise NotFoundError("directory", str(target.parent), hint="make it first")
         self._disk = disk
         self._source = source
         self._hasher = hasher
         self._target = target
         self._aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        self._identity = Identity(secrets.token_bytes(16), hasher.seed)
+        self._identity = Identity(os.urandom(16), hasher.seed)
 
     def write(self, records: list[DeviceRecord], progress: Progress) -> None:
         """Copies what these devices reach; all of it or nothing."""
@@ -60,8 +61,10 @@ class Backup:
             self._disk.write_whole(self._aside / "store.json", layout.encode_identity(self._identity))
             self._disk.rename(self._aside, self._target)
             self._disk.sync_directory(self._target.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(self._aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise StoreError(f"cannot write {self._target}: {error.strerror}") from error
             raise
 
     def _make_directories(self) -> None:

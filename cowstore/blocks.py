@@ -9,6 +9,8 @@ unshared, so that the work stays bounded.
 from __future__ import annotations
 
 import logging
+import mmap
+import threading
 from itertools import repeat
 from typing import Protocol
 
@@ -29,7 +31,21 @@ BATCH_BLOCKS = 1024  # 4 MiB: small enough for the processor's cache, large enou
 SAME_DIGEST_LIMIT = 8
 _RECENT_LIMIT = 1 << 18
 _FEW = 4
+_COMPARED = 256  # blocks compared at once: they and their counterparts stay in the processor's cache
 _log = logging.getLogger("cowstore")
+
+
+class _Scratch(threading.local):
+    """Memory to compare blocks in, made once a thread: touching fresh pages costs more than the comparison."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(mmap.mmap(-1, _COMPARED * BLOCK_SIZE))
+        self.stored = np.frombuffer(self.view, np.uint64).reshape(-1, BLOCK_SIZE // 8)
+        self.wanted = np.empty_like(self.stored)
+        self.same = np.empty(self.stored.shape, np.bool_)
+
+
+_scratch = _Scratch()
 
 
 class Index(Protocol):
@@ -156,14 +172,23 @@ class Interner:
         """For each row of words whether the slot named by its id holds the same bytes; false for id 0."""
         equal = np.zeros(len(ids), np.bool_)
         named = np.flatnonzero(ids)
-        if len(named):
-            raw = bytearray(len(named) * BLOCK_SIZE)  # zeros stay where a segment is cut off
-            view = memoryview(raw)
-            for position, first, count in slots.split_at_holes(ids[named]):
-                self._segments.read_raw(first, view[position * BLOCK_SIZE : (position + count) * BLOCK_SIZE])
-            stored = np.frombuffer(raw, np.uint64).reshape(-1, BLOCK_SIZE // 8)
-            equal[named] = (stored == words[rows[named]]).all(axis=1)
+        for start in range(0, len(named), _COMPARED):
+            part = named[start : start + _COMPARED]
+            equal[part] = self._equal_part(words, rows[part], ids[part])
         return equal
+
+    def _equal_part(self, words: Words, rows: Positions, ids: Ids) -> slots.Mask:
+        count = len(rows)
+        for position, first, length in slots.split_at_holes(ids):
+            target = _scratch.view[position * BLOCK_SIZE : (position + length) * BLOCK_SIZE]
+            done = self._segments.read_raw(first, target)
+            target[done:] = bytes(len(target) - done)  # where a segment is cut off
+        if int(rows[-1]) - int(rows[0]) + 1 == count:
+            wanted = words[int(rows[0]) : int(rows[0]) + count]
+        else:
+            wanted = np.take(words, rows, axis=0, out=_scratch.wanted[:count], mode="clip")
+        same = np.equal(_scratch.stored[:count], wanted, out=_scratch.same[:count])
+        return np.asarray(same.all(axis=1))
 
     def _note_hits(self, ids: Ids) -> None:
         if len(ids) and self._pin is not None:

@@ -9,10 +9,8 @@ nothing doomed.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from . import catalog, slots
 from .copies import Copies
 from .digest import DIGEST_SIZE
 from .environment import Environment, Snapshot, Writer
-from .errors import InUseError, StoreError
 from .files import Disk
 from .index import Index
 from .layout import (
@@ -39,7 +36,7 @@ from .layout import (
     Root,
     Run,
 )
-from .leases import Leases
+from .leases import Leases, turn
 from .marks import Marks
 from .segments import Segments
 
@@ -99,7 +96,7 @@ class Collector:
             CorruptError: Something in use does not verify; nothing was doomed.
         """
         begun = time.monotonic()
-        with self._turn(lock):
+        with turn(self._disk, lock, "the collector", 0):
             self._segments.refresh()
             if not dry_run:
                 self._reap()
@@ -119,22 +116,6 @@ class Collector:
             if self._index.stale:
                 self._rebuild_index()
             return Collection(False, self._marks.count, doomed, total, freed, 0, (), time.monotonic() - begun)
-
-    @contextmanager
-    def _turn(self, path: Path) -> Iterator[None]:
-        try:
-            file = self._disk.open(path, write=True, create=True)
-        except OSError as error:
-            raise StoreError(f"the lock file {path} cannot be opened: {error.strerror}") from error
-        try:
-            if not file.try_lock(exclusive=True):
-                holder = file.read_at(32, 0).strip()
-                raise InUseError("the collector", int(holder) if holder.isdigit() else 0, hint="one run at a time")
-            with suppress(OSError):  # for people
-                file.write_at(b"%-20d\n" % os.getpid(), 0)
-            yield
-        finally:
-            file.close()
 
     # What the dead have left.
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .environment import Environment, verify_copy
-from .errors import InUseError, NoSpaceError, StoreError
+from .errors import NoSpaceError, StoreError
 from .files import Disk
+from .leases import turn
 
 _DAY = 86400.0  # seconds
 _PATIENCE = 30.0  # seconds
@@ -44,27 +43,19 @@ class Copies:
 
         On a full disk the older copy goes first.
         """
-        with self._turn():
-            target = self.paths()[0]
-            try:
-                return self._make(target)
-            except NoSpaceError:
-                shutil.rmtree(target, ignore_errors=True)
-                return self._make(target)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One process at a time."""
-        lock = self._disk.open(self._directory / "leases" / "copies", write=True, create=True)
-        deadline = time.monotonic() + _PATIENCE
+        lock = self._directory / "leases" / "copies"
         try:
-            while not lock.try_lock(exclusive=True):
-                if time.monotonic() > deadline:
-                    raise InUseError("the lock of the catalog's copies")
-                time.sleep(0.01)
-            yield
-        finally:
-            lock.close()
+            with turn(self._disk, lock, "the lock of the catalog's copies", _PATIENCE):
+                return self._make_room(self.paths()[0])
+        except OSError as error:
+            raise StoreError(f"the catalog cannot be copied: {error}") from error
+
+    def _make_room(self, target: Path) -> Path:
+        try:
+            return self._make(target)
+        except NoSpaceError:
+            shutil.rmtree(target, ignore_errors=True)
+            return self._make(target)
 
     def _make(self, target: Path) -> Path:
         aside = target.with_name(f"{target.name}.tmp")
@@ -80,9 +71,6 @@ class Copies:
             self._disk.rename(aside, target)
             self._disk.sync_directory(self._directory)
             shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise StoreError(f"the catalog cannot be copied: {error}") from error
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -98,7 +86,10 @@ class Copies:
     def make_if_due(self) -> None:
         """Makes a copy if the newest one is older than a day."""
         if time.time() - _made(self.paths()[1]) > _DAY:
-            self.make()
+            try:
+                self.make()
+            except NoSpaceError:
+                return  # the next one to close makes it
 
 
 def _made(path: Path) -> float:

@@ -95,6 +95,10 @@ class Draft(TreeView):
 
     def _cut(self, level: int, index: int, part: slice) -> None:
         """Sets ids of one node to 0 and forgets what was below them."""
+        if not level:  # nothing is below a leaf
+            if ids_of(self.leaf(index))[part].any():
+                ids_of(self.changed_leaf(index))[part] = HOLE
+            return
         first, stop = (index << FANOUT_BITS) + part.start, (index << FANOUT_BITS) + part.stop
 
         def is_below(key: Key) -> bool:

@@ -253,16 +253,14 @@ class WriteGate:
         pause = 0.0005
         while not self._file.try_lock(exclusive=True):
             if time.monotonic() > deadline:
-                holder = self._file.read_at(32, 0).strip().decode("ascii", "replace")
                 raise InUseError(
                     "the catalog's write lock",
-                    int(holder) if holder.isdigit() else 0,
+                    self._file.holder(),
                     hint="that process may be stopped; continue or end it",
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.02)
-        with suppress(OSError, NoSpaceError):  # for people; and whoever raised here would keep the lock
-            self._file.write_at(b"%-20d\n" % os.getpid(), 0)
+        self._file.sign()
         return self._file
 
     def close(self) -> None:

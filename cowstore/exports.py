@@ -15,6 +15,7 @@ from .layout import FANOUT, Root
 from .segments import Segments
 
 Progress = Callable[[str, int, int], None]
+_NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK))  # as on FAT
 
 
 def pieces(segments: Segments, root: Root) -> Iterator[tuple[int, memoryview]]:
@@ -44,12 +45,12 @@ class Export:
         if os.path.isdir(path):
             raise InvalidError(f"{path} is a directory", hint="name the file that is to be written")
         if not overwrite and os.path.lexists(path):
-            raise ExistsError("file", str(path), hint="choose another, or say that it may be replaced")
+            raise self._taken()
         if os.path.exists(path) and not os.path.isfile(path):
             raise InvalidError(f"{path} is not a plain file", hint="only a plain file can be replaced")
         if not os.path.isdir(path.parent):
             raise NotFoundError("directory", str(path.parent), hint="make it first")
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        self._aside = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}.tmp")
 
     def write_tree(self, segments: Segments, root: Root, progress: Progress) -> None:
         """Writes what a tree stands for."""
@@ -80,6 +81,9 @@ class Export:
             os.close(fd)
             self._aside.unlink(missing_ok=True)
 
+    def _taken(self) -> ExistsError:
+        return ExistsError("file", str(self._path), hint="choose another, or say that it may be replaced")
+
     def _failure(self, error: OSError) -> StoreError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpaceError(str(self._path), hint="choose a place with more room")
@@ -89,15 +93,25 @@ class Export:
         if self._overwrite:
             os.rename(self._aside, self._path)
         else:
-            try:
-                os.link(self._aside, self._path, follow_symlinks=False)
-            except FileExistsError as error:
-                raise ExistsError("file", str(self._path)) from error
+            self._place_new()
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+    def _place_new(self) -> None:
+        """Gives the file its name if nothing has it; where there are no links, but for a short moment."""
+        try:
+            os.link(self._aside, self._path, follow_symlinks=False)
+        except FileExistsError as error:
+            raise self._taken() from error
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if os.path.lexists(self._path):
+                raise self._taken() from error
+            os.rename(self._aside, self._path)
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .digest import Buffer
@@ -134,6 +135,16 @@ class File:
     def unlock(self) -> None:
         """Gives the flock up."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def sign(self) -> None:
+        """Writes this process's id into a lock file, for people; a full disk must not keep anybody from a lock."""
+        with suppress(OSError, NoSpaceError):
+            self.write_at(b"%-20d\n" % os.getpid(), 0)
+
+    def holder(self) -> int:
+        """The process id in a lock file, 0 where there is none."""
+        text = self.read_at(32, 0).strip()
+        return int(text) if text.isdigit() else 0
 
     def is_at_path(self) -> bool:
         """Whether the path still leads to this file: somebody may have replaced or removed it."""

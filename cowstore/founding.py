@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ def found(path: Path, disk: Disk) -> None:
             disk.make_directory(aside / part)
         Environment.create(aside / "catalog", disk, aside / "leases" / "writer")
         make_reserve(aside, disk)
-        identity = Identity(secrets.token_bytes(16), secrets.randbits(64))
+        identity = Identity(os.urandom(16), int.from_bytes(os.urandom(8), "little"))
         disk.write_whole(aside / "store.json", layout.encode_identity(identity))
         _place(aside, path, disk)
     except BaseException as error:

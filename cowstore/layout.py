@@ -251,7 +251,12 @@ class DeviceRecord:
          parent, sequence, created, owner, boot, length, _) = _DEVICE.unpack_from(payload)  # fmt: skip
         name = payload[_DEVICE.size :]
         heights = range(1, MAX_HEIGHT + 1)
-        if kind not in (IMAGE, CLONE) or len(name) != length or height not in heights or base_height not in heights:
+        if (
+            kind not in (IMAGE, CLONE)
+            or len(name) != length
+            or height not in heights
+            or base_height not in heights
+        ):
             raise ValueError("a device record makes no sense")
         return cls(
             number, name.decode(), kind, Root(base, base_height, base_size), Root(root, height, size),

@@ -8,9 +8,10 @@ can be removed by whoever holds it exclusively; after taking one its path is loo
 from __future__ import annotations
 
 import errno
-import os
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InUseError, StoreError
@@ -68,14 +69,14 @@ class Leases:
             if file is None:
                 return Lease(None)  # a store on read-only media has no writers to guard against
             if not file.try_lock(exclusive=exclusive):
-                holder = _holder(file)
+                holder = file.holder()
                 file.close()
                 if attempt < _PATIENCE:
                     time.sleep(0.002)
                     continue
                 raise InUseError(what, holder, hint="close it there first")
             if file.is_at_path():
-                _sign(file)
+                file.sign()
                 lease = Lease(file)
                 self._held.add(lease)
                 return lease
@@ -115,14 +116,21 @@ class Leases:
         self._disk.unlink(self._directory / str(number))
 
 
-def _sign(file: File) -> None:
-    """Writes the holder's pid for others to see; a full disk must not keep anybody from a lease."""
+@contextmanager
+def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
+    """Holds a lock file for the length of a block, so that one process at a time does something.
+
+    Raises:
+        InUseError: Somebody holds it for longer than the patience, seconds; with the holder's pid.
+    """
+    file = disk.open(path, write=True, create=True)
+    deadline = time.monotonic() + patience
     try:
-        file.write_at(b"%-20d\n" % os.getpid(), 0)
-    except (OSError, StoreError):
-        return
-
-
-def _holder(file: File) -> int:
-    text = file.read_at(32, 0).strip()
-    return int(text) if text.isdigit() else 0
+        while not file.try_lock(exclusive=True):
+            if time.monotonic() >= deadline:
+                raise InUseError(what, file.holder(), hint="wait until it is done there")
+            time.sleep(0.01)
+        file.sign()
+        yield
+    finally:
+        file.close()

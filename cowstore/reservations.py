@@ -95,7 +95,7 @@ class Reservations:
 
     def _reserve(self, kind: int, missing: int) -> None:
         size = self._refill.get(kind, _FIRST_REFILL)
-        self._refill[kind] = min(size * 2, _LARGEST_REFILL)
+        self._refill[kind] = min(size * 8, _LARGEST_REFILL)
         want = max(missing, size)
         self._segments.check_writable()
         number = self._ensure_lease()

@@ -22,6 +22,7 @@ from .errors import BlockCorruptError, ClosedError, FormatError, PoisonedError, 
 from .files import Disk, File
 from .layout import DATA_KINDS, DIGESTS_OFFSET, MAP_KINDS, SEGMENT_SIZE, SLOT_BITS, SLOT_MASK, SLOTS_OFFSET, Run
 
+_PUNCH_PIECE = 4096  # slots: 16 MiB
 Node = memoryview  # of 512 unsigned 64-bit ids
 
 
@@ -339,9 +340,17 @@ class Segments:
             segment, slot = self.get(first >> SLOT_BITS), first & SLOT_MASK
             segment.file.write_at(bytes(count * DIGEST_SIZE), DIGESTS_OFFSET + slot * DIGEST_SIZE)
             if count >= keep:
-                segment.file.punch(SLOTS_OFFSET + slot * BLOCK_SIZE, count * BLOCK_SIZE)
+                self._punch(segment, slot, count)
         self.sync(numbers)
         self.refresh()
+
+    def _punch(self, segment: Segment, slot: int, count: int) -> None:
+        """Makes holes, piece by piece: the journal takes everybody's next sync along with a large one."""
+        for first in range(slot, slot + count, _PUNCH_PIECE):
+            length = min(_PUNCH_PIECE, slot + count - first)
+            segment.file.punch(SLOTS_OFFSET + first * BLOCK_SIZE, length * BLOCK_SIZE)
+            if length == _PUNCH_PIECE:
+                self._sync(segment)
 
     def file_bytes(self) -> int:
         """Bytes that the segment files take on the disk."""

@@ -61,17 +61,27 @@ def _open_path(path: str) -> Source:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise SourceError(path, error.strerror or "it cannot be opened") from error
-    if _is_random_access(fd):
-        return FileSource(fd, path)
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            hint = "make an image of it first, for example with mke2fs -d"
+            raise SourceError(path, "it is a directory", hint=hint)
+        if _is_random_access(fd):
+            return FileSource(fd, path)
+        return StreamSource(os.fdopen(fd, "rb", buffering=0), path, owned=True)
+    except OSError as error:
         os.close(fd)
-        raise SourceError(path, "it is a directory", hint="make an image of it first, for example with mke2fs -d")
-    return StreamSource(os.fdopen(fd, "rb", buffering=0), path, owned=True)
+        raise SourceError(path, error.strerror or "it cannot be read") from error
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _is_random_access(fd: int) -> bool:
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+    """Whether the length is known: not so of files in /proc, which have none, but content."""
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return bool(status.st_size) or not os.pread(fd, 1, 0)
+    return stat.S_ISBLK(status.st_mode)
 
 
 class FileSource:
@@ -134,6 +144,7 @@ class FileSource:
 
 
 _HINT = "stop what writes to it, and import it again"
+_BLOCK = "make it blocking: an end and a pause cannot be told apart"
 
 
 class StreamSource:
@@ -164,6 +175,8 @@ class StreamSource:
                 part = self._stream.read(PIECE - done)
             except OSError as error:
                 raise SourceError(self.name, f"{error} at offset {self.size + done}") from error
+            if part is None:
+                raise SourceError(self.name, "it has nothing to read now, and does not block", hint=_BLOCK)
             if not part:
                 break
             self._buffer[done : done + len(part)] = part

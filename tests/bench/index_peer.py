@@ -102,7 +102,7 @@ class Duel:
         self.name = name
         self.entries = entries
         self.source = Source(entries)
-        self.known: Digests = []
+        self.known = b""  # some of their digests, in one piece: millions of objects would slow the collector
         self.ours = Ours(bench.folder / f"ours {name}")
         self.theirs = Theirs(bench.folder / f"LMDB {name}", sync=False)
 
@@ -142,7 +142,7 @@ class Duel:
                 part = batch[at : at + (1 << 16)]
                 seconds["ours"] += timed(partial(self.ours.insert, part, first + at))
             seconds["LMDB"] += timed(partial(self.theirs.insert, batch, first))
-            self.known += batch[:: -(-self.entries // 400_000)]
+            self.known += b"".join(batch[:: -(-self.entries // 400_000)])
         assert len(self.ours.index) == self.theirs.env.stat()["entries"] == self.entries
         found = {name: Sample((value / self.entries,)) for name, value in seconds.items()}
         peer = "LMDB, 1 M at a time, no sync"
@@ -157,8 +157,8 @@ class Duel:
 
     def lookup(self, size: int, hits: bool, side: Side) -> float:
         if hits:
-            chosen = self.source.random.choice(len(self.known), size, replace=False).tolist()
-            digests = split(b"".join([self.known[at] for at in chosen]))  # new objects, as a hasher returns
+            rows = np.frombuffer(self.known, np.uint8).reshape(-1, 16)
+            digests = split(self.source.random.choice(rows, size, replace=False).tobytes())
         else:
             digests = self.source.fresh(size)[0]
         found: list[int] = []

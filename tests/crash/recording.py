@@ -290,6 +290,7 @@ class RecordingFile(File):
 
     recorder: Recorder
     number = -1
+    untouched = False  # made, and nothing noted of it yet
 
     def write_at(self, data: Any, offset: int) -> None:
         self._check("write", data, offset)
@@ -342,8 +343,15 @@ class RecordingFile(File):
             raise
 
     def _note(self, kind: str, operation: Operation) -> None:
+        self.untouched = False
         if self.number >= 0:
             self.recorder.note(kind, operation)
+
+    def close(self) -> None:
+        if self.untouched and self.fd >= 0:  # LMDB writes its copies through the bare descriptor
+            for offset, data in stored_ranges(self.path):
+                self._note("adopt", Written(self.number, offset, data))
+        super().close()
 
 
 class RecordingDisk(Disk):
@@ -360,6 +368,7 @@ class RecordingDisk(Disk):
         assert isinstance(file, RecordingFile)
         if not is_hint(path):
             file.number = self.recorder.opened(path, new=new)
+            file.untouched = new
         return file
 
     def _file(self, path: Path, fd: int) -> File:

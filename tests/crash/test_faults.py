@@ -66,6 +66,7 @@ def calls_of(place: Path, kind: str) -> int:
         driver.recorder.fault = counter
         for _, step in STEPS:
             step(driver)
+        driver.recorder.fault = None
 
     record(place, workload, 1)
     return counter.seen

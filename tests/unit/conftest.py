@@ -1,7 +1,9 @@
-"""A store for the tests of its parts."""
+"""A store for the tests of its parts, in memory where there is a place for files in memory."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import pytest
 
 import cowstore
 
+SHARED_MEMORY = "/dev/shm"
+
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path() -> Iterator[Path]:
     """Where the test's store is."""
-    return tmp_path / "store"
+    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="cowstore-", dir=place) as directory:
+        yield Path(directory) / "store"
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import xxhash
 import cowstore
 from cowstore import index, layout
 from cowstore.digest import BLOCK_SIZE, DIGEST_SIZE
+from cowstore.files import Disk
 from cowstore.layout import Commit, DeviceRecord, LeaseRecord, Root, State
 
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
@@ -273,7 +274,9 @@ def test_catalog_read_by_the_page_alone(store, tmp_path):
     """From a name to the bytes of a block, with nothing but LMDB, XXH3 and the page."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    store._environment.copy(copy)
+    file = Disk().open(copy / "data.mdb", write=True, exclusive=True)
+    store._environment.copy(file)
+    file.close()
     store_id = bytes.fromhex(json.loads((store.path / "store.json").read_text())["id"])
     with lmdb.open(str(copy), max_dbs=8, readonly=True, lock=False) as env, env.begin() as txn:
         tables = {name: env.open_db(name.encode(), txn, create=False) for name in
