@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import slots
-from .digest import BLOCK_SIZE, ZERO_BLOCK, Hasher
+from .digest import BLOCK_SIZE, DIGEST_SIZE, ZERO_BLOCK, Buffer, Hasher
 from .environment import Environment, Snapshot
-from .layout import DATA, EPHEMERAL_DATA, USED, Run
+from .layout import DATA, EPHEMERAL_DATA, SLOT_BITS, USED, Run
 from .reservations import Reservations
 from .segments import Segments
 
@@ -157,16 +157,33 @@ class Interner:
             hints = self._index.lookup(joined)
             known = np.flatnonzero(hints)
             if len(known):
-                used = self._published(hints[known])
+                used = self._published(hints[known], _as_words(joined)[known])
                 found[unknown[known[used]]] = hints[known[used]]
         return found
 
-    def _published(self, ids: Ids) -> slots.Mask:
-        """Which ids are of used slots: others may be written by somebody at this moment, or be erased."""
+    def _published(self, ids: Ids, digests: Words) -> slots.Mask:
+        """Which ids are of used data slots that carry these digests.
+
+        Slots that are not used may be written by somebody at this moment, or be erased. One that is used, but
+        carries another digest, is damaged or was hinted at wrongly.
+        """
         if self._states is None:
             self._pin = self._environment.read()
             self._states = slots.StateReader(self._pin)
-        return self._states.are(ids, USED)
+        published = self._states.are(ids, USED)
+        at = np.flatnonzero(published)
+        published[at] = (self._stored_digests(ids[at]) == digests[at]).all(axis=1)
+        return published
+
+    def _stored_digests(self, ids: Ids) -> Words:
+        """The digests of slots, two words each; zeros where they are not data's."""
+        found = bytearray(len(ids) * DIGEST_SIZE)
+        if len(ids):
+            for position, first, count in slots.split_at_holes(ids):
+                if self._segments.get(first >> SLOT_BITS).kind == DATA:
+                    start = position * DIGEST_SIZE
+                    found[start : start + count * DIGEST_SIZE] = self._segments.digests(first, count)
+        return _as_words(found)
 
     def _equal(self, words: Words, rows: Positions, ids: Ids) -> slots.Mask:
         """For each row of words whether the slot named by its id holds the same bytes; false for id 0."""
@@ -249,7 +266,7 @@ class Interner:
     def _known(self, digest: bytes) -> list[int]:
         hints = self._index.candidates(digest)
         if hints:
-            used = self._published(np.array(hints, np.uint64))
+            used = self._published(np.array(hints, np.uint64), _as_words(digest * len(hints)))
             hints = [hint for hint, good in zip(hints, used.tolist(), strict=True) if good]
         recent = self._recent.get(digest)
         own = self._collided.get(digest, [recent] if recent else [])
@@ -293,6 +310,11 @@ class Interner:
         """Ends it; what was written and not published is given up."""
         self._reservations.abandon(self.written)
         self.renew()
+
+
+def _as_words(digests: Buffer) -> Words:
+    """Digests as rows of two words."""
+    return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
 def zero_blocks(data: memoryview, words: Words) -> slots.Mask:

@@ -92,6 +92,18 @@ def by_number(snapshot: Snapshot, number: int) -> DeviceRecord | None:
     return None if payload is None else decoded(snapshot, DeviceRecord.decode, key, payload)
 
 
+def living(snapshot: Snapshot, number: int, name: str = "") -> DeviceRecord:
+    """The device of that number, which may have been found by its name before.
+
+    Raises:
+        NotFoundError: It is gone.
+    """
+    record = by_number(snapshot, number)
+    if record is None or record.flags & DELETED:
+        raise NotFoundError("device", name or f"number {number}")
+    return record
+
+
 def find(snapshot: Snapshot, name: str, kind: int = 0) -> DeviceRecord:
     """The device of that name.
 
@@ -167,17 +179,16 @@ def check_free(snapshot: Snapshot, name: str) -> None:
 
 
 def _count_child(writer: Writer, number: int, change: int) -> None:
-    if not number:
-        return
-    parent = by_number(writer, number)
-    if parent is None:
-        raise CatalogCorruptError("catalog", f"device {number} is missing, but has children")
-    parent = replace(parent, children=parent.children + change)
-    if parent.children or not parent.flags & DELETED:
-        save(writer, parent)
-        return
-    writer.delete(DEVICES, number_key(number))
-    _count_child(writer, parent.parent, -1)
+    while number:  # not by recursion: a lineage may be thousands of deleted devices long
+        parent = by_number(writer, number)
+        if parent is None:
+            raise CatalogCorruptError("catalog", f"device {number} is missing, but has children")
+        parent = replace(parent, children=parent.children + change)
+        if parent.children or not parent.flags & DELETED:
+            save(writer, parent)
+            return
+        writer.delete(DEVICES, number_key(number))
+        number, change = parent.parent, -1
 
 
 def child_of(parent: DeviceRecord, root: Root, *, ephemeral: bool = False) -> DeviceRecord:
@@ -221,7 +232,10 @@ def lineage(snapshot: Snapshot) -> list[DeviceInfo]:
     """Every visible device and the deleted ancestors of some, sorted by name."""
     records = {record.number: record for record in devices(snapshot)}
     names = {number: record.name for number, record in records.items()}
-    shown = [record for record in records.values() if not record.flags & HIDDEN and not is_gone(record)]
+    shown = [
+        record for record in records.values()
+        if not record.flags & HIDDEN and (record.flags & DELETED or not is_gone(record))
+    ]  # fmt: skip
     return sorted((info(record, names.get(record.parent)) for record in shown), key=lambda shown: shown.name)
 
 

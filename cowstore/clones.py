@@ -52,7 +52,7 @@ class Clone(Device):
         self._lineage = lineage
         self._dirty: dict[int, bytes] = {}
         self._flushing = threading.Lock()
-        self._broken: BaseException | None = None
+        self._broken: PoisonedError | None = None
 
     # Writing.
 
@@ -116,7 +116,7 @@ class Clone(Device):
     def _check_sound(self) -> None:
         self._segments.check_writable()
         if self._broken is not None:
-            raise PoisonedError(str(self._broken)) from self._broken
+            raise PoisonedError(self._broken.reason) from self._broken
 
     def _put(self, view: memoryview, offset: int) -> None:
         number, skip = divmod(offset, BLOCK_SIZE)

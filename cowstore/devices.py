@@ -58,7 +58,7 @@ class Device(io.RawIOBase):
 
     def __init__(
         self, info: DeviceInfo, base: Root, view: TreeView, environment: Environment, segments: Segments,
-        release: Callable[[], None],
+        release: Callable[[], None], settle: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.info = info
@@ -69,6 +69,7 @@ class Device(io.RawIOBase):
         self._segments = segments
         self._data = segments.data
         self._release: Callable[[], None] | None = release
+        self._settle = settle  # what close() does after it, and a destructor must not
         self._dirty = _NOTHING
         self._size = view.root.size
         self._lock = threading.RLock()
@@ -297,6 +298,8 @@ class Device(io.RawIOBase):
             self._epoch += 1
         if release is not None:
             release()
+            if self._settle is not None:
+                self._settle()
         super().close()
 
     def abandon(self) -> None:
@@ -307,11 +310,11 @@ class Device(io.RawIOBase):
 
     def __del__(self) -> None:
         # No flush here: a destructor runs at any point, also inside a call that holds the locks it would need.
-        if getattr(self, "_release", None) is not None:
+        release = getattr(self, "_release", None)
+        if release is not None:
+            self._release = None
+            release()
             warnings.warn(f"device {self.info.name!r} was never closed", ResourceWarning, stacklevel=2)
-            release, self._release = self._release, None
-            if release is not None:
-                release()
 
 
 def _runs(ids: Ids, inherited: Ids, start: int, offset: int, end: int) -> Iterator[Extent]:

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,9 +32,11 @@ STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES = TABLES = (
 _STATE_KEY = b"state"
 _MAP_SIZE = 1 << 40  # bytes; only address space, and never grown while open
 _MAX_READERS = 4096
+_READER_SIZE = 64  # bytes of an entry in LMDB's table of readers
 _LOCK_TIMEOUT = 30.0  # seconds
 _META = struct.Struct("<16x II QQ 16x32x 48x QQ")
 _META_MAGIC = 0xBEEFC0DE
+_FULL = 1 << 20  # bytes; a disk with less room is called full
 
 Transaction = Any  # lmdb.Transaction is generic in its stubs only
 
@@ -179,6 +181,10 @@ class Writer(Snapshot):
 
     put_bytes = 0
 
+    def __init__(self, environment: Environment, txn: Transaction) -> None:
+        super().__init__(environment, txn)
+        self._on_failure: list[Callable[[], None]] = []
+
     def put(self, table: bytes, key: bytes, payload: bytes) -> None:
         """Adds or replaces a record."""
         self._forget(table, key)
@@ -200,6 +206,21 @@ class Writer(Snapshot):
         self.state.records -= 1
         self.state.total = (self.state.total - self._open(table, key, value)[1]) & (1 << 64) - 1
         return True
+
+    def on_failure(self, action: Callable[[], None]) -> None:
+        """Has something done if the transaction is not committed after all."""
+        self._on_failure.append(action)
+
+    def commit(self) -> None:
+        """Makes it durable."""
+        txn, self._txn = self._txn, None
+        txn.commit()
+
+    def undo(self) -> None:
+        """Gives it up, and whatever goes with it."""
+        self.close()
+        for action in self._on_failure:
+            action()
 
     def number(self) -> int:
         """A fresh number, never used before or again in this store."""
@@ -298,6 +319,7 @@ class Environment:
     def create(cls, path: Path, disk: Disk, gate_path: Path) -> None:
         """Makes an empty catalog, durably."""
         disk.make_directory(path)
+        _make_room_for_readers(path, disk)
         environment = cls(path, WriteGate(disk, gate_path), readonly=False)
         try:
             with environment.write(fresh=True):
@@ -324,6 +346,7 @@ class Environment:
                     f"catalog {path}", os.getpid(), hint="this process has it open read-only; close that first"
                 )
             vet(path)
+            _make_room_for_readers(path, disk)
             environment = cls(path, WriteGate(disk, gate_path), readonly=readonly)
             try:
                 environment._check()
@@ -368,31 +391,52 @@ class Environment:
         with self._gate.held():
             if self.poisoned:
                 raise PoisonedError(self.poisoned)
-            txn = self._env.begin(write=True)
+            writer = Writer(self, self._begin())
             try:
-                writer = Writer(self, txn)
                 if fresh:
                     writer.start_state()
                 yield writer
                 writer.save_state()
                 self._make_room(writer.put_bytes)
+                self._commit(writer)
             except lmdb.Error as error:
-                txn.abort()
+                writer.undo()
                 raise self._translated(error) from error
             except BaseException:
-                txn.abort()
+                writer.undo()
                 raise
-            self._commit(txn)
 
-    def _commit(self, txn: Transaction) -> None:
+    def _begin(self) -> Transaction:
         try:
-            txn.commit()
+            return self._env.begin(write=True)
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+
+    def _commit(self, writer: Writer) -> None:
+        try:
+            writer.commit()
         except lmdb.Error as error:
             translated = self._translated(error)
             if not isinstance(translated, NoSpaceError):
+                if self._was_cut_short(error):
+                    raise NoSpaceError(str(self.path)) from error
                 self.poisoned = str(error)
                 translated = PoisonedError(self.poisoned)
             raise translated from error
+
+    def _was_cut_short(self, error: lmdb.Error) -> bool:
+        """Whether a commit failed because the disk became full within a write, which LMDB calls an I/O error.
+
+        Nothing is published then: the meta page comes last, and after a failure there LMDB begins no transaction.
+        """
+        if os.strerror(errno.EIO) not in str(error):
+            return False
+        try:
+            self._env.begin(write=True).abort()
+        except lmdb.Error:
+            return False
+        room = os.statvfs(self.path)
+        return room.f_bavail * room.f_frsize < _FULL
 
     def _make_room(self, put_bytes: int) -> None:
         """Makes data.mdb longer than a commit of so many bytes put can need, so that vet() can be strict.
@@ -460,6 +504,17 @@ class Environment:
         self._gate.close()
         if self._pid == os.getpid():
             self._env.close()
+
+
+def _make_room_for_readers(path: Path, disk: Disk) -> None:
+    """Gives LMDB's table of readers its space: LMDB maps it, and a write to a page without any is a SIGBUS.
+
+    Called only where this process has not opened the environment: closing lock.mdb drops LMDB's locks on it.
+    """
+    try:
+        disk.allocate_mapped(path / "lock.mdb", _MAX_READERS * _READER_SIZE + mmap_page())
+    except OSError:
+        return  # read-only, or of a kind that cannot; LMDB says what it makes of it
 
 
 def _identity(path: Path) -> tuple[int, int]:

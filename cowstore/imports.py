@@ -119,11 +119,10 @@ def import_source(
 
 
 def seal_ephemeral(workshop: Workshop, lineage: Lineage, record: DeviceRecord, name: str) -> DeviceInfo:
-    """Makes an image of an ephemeral clone's last flushed moment, in ordinary segments."""
+    """Makes an image of an ephemeral clone's moment, which the caller holds, in ordinary segments."""
     base = record.base if is_durable(workshop.segments, record.base) else Root(layout.HOLE, 1, 0)
     image = DeviceRecord(0, name, IMAGE, base, base, parent=record.parent)
-    with workshop.environment.read():  # the clone may be written or deleted meanwhile
-        return _make_image(workshop, lineage, image, lambda job: job.copy(workshop.segments, base, record.root))
+    return _make_image(workshop, lineage, image, lambda job: job.copy(workshop.segments, base, record.root))
 
 
 def _make_image(

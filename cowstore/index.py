@@ -30,9 +30,7 @@ Places = NDArray[np.int64]
 
 CANDIDATES = 8  # ids listed under one key, at most
 LANES = 4  # entries in a bucket, used from the left: four keys, then four ids
-PROBES = (
-    32  # buckets searched for a key; at the load limit an entry that finds no place in them is not to be expected
-)
+PROBES = 32  # buckets searched for a key; up to the load limit every entry finds a place in them
 LOAD_LIMIT = 0.6  # of the places, before the table grows
 GROWTH_ROOM = 1.25  # a new table has room for this many times what made it necessary
 SMALLEST = 1024  # buckets
@@ -148,21 +146,27 @@ class _Table:
         found = [words[lane + LANES] for lane in self._lanes(key) if words[lane] == key]
         return [one for one in found if one][:CANDIDATES]
 
+    def _look(self, keys: Words, buckets: Places) -> tuple[Words, Places]:
+        """One id for each key from one bucket each, or 0; and which keys may stand in the bucket after it."""
+        rows, found = self._gather(buckets), np.zeros(len(keys), np.uint64)
+        for lane in range(LANES):
+            np.copyto(found, rows[:, LANES + lane], where=rows[:, lane] == keys)
+        return found, np.flatnonzero((found == 0) & (rows[:, LANES - 1] != 0))
+
     def find(self, keys: Words) -> Words:
         """One id for each key, or 0."""
-        found = np.zeros(len(keys), np.uint64)
-        left, buckets = np.arange(len(keys)), self._homes(keys)
-        for _ in range(PROBES):
+        homes = self._homes(keys)
+        if len(keys) > _FEW_FINDS:
+            found, left = self._look(keys, homes)
+        else:
+            found, left = np.zeros(len(keys), np.uint64), np.arange(len(keys))
+        for probe in range(1, PROBES):
             if len(left) <= _FEW_FINDS:
-                for place, key in zip(left.tolist(), keys.tolist(), strict=True):
-                    found[place] = next(iter(self.ids(key)), 0)
+                for place in left.tolist():
+                    found[place] = next(iter(self.ids(int(keys[place]))), 0)
                 break
-            rows, here = self._gather(buckets), np.zeros(len(left), np.uint64)
-            for lane in reversed(range(LANES)):
-                np.copyto(here, rows[:, LANES + lane], where=rows[:, lane] == keys)
-            found[left] = here
-            on = np.flatnonzero((here == 0) & (rows[:, LANES - 1] != 0))
-            left, keys, buckets = left[on], keys[on], (buckets[on] + 1) & self.mask
+            found[left], on = self._look(keys[left], (homes[left] + probe) & self.mask)
+            left = left[on]
         return found
 
     def put(self, key: int, block_id: int) -> int:
@@ -325,6 +329,7 @@ class Index:
             file = self._disk.open(self._aside, write=True, exclusive=True)
             # All its space now, since a write into a mapping can fail only with a signal. And zeros, so that
             # large pages hold it: mapped page by page it takes 30 times as long to fill.
+            file.write_in_place()
             with suppress(OSError):
                 file.allocate(size)
             for start in range(0, size, _PIECE):

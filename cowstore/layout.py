@@ -77,7 +77,7 @@ def encode_stamp(erasure: int) -> bytes:
 def decode_stamps(header: bytes) -> int:
     """The newest erasure number that verifies in a segment's header block, 0 if there was none."""
     newest = 0
-    for offset in STAMP_OFFSETS:
+    for offset in STAMP_OFFSETS if len(header) >= BLOCK_SIZE else ():
         magic, erasure, stored = _STAMP.unpack_from(header, offset)
         if magic == _STAMP_MAGIC and stored == checksum(header[offset : offset + _STAMP.size - 8]):
             newest = max(newest, erasure)

@@ -13,8 +13,8 @@ from dataclasses import replace
 from . import catalog, layout
 from .catalog import DeviceInfo, check_name, check_size
 from .environment import Environment, Snapshot, Writer
-from .errors import InvalidError, NotFoundError
-from .layout import CLONE, HIDDEN, IMAGE, DeviceRecord, Root
+from .errors import InvalidError
+from .layout import CLONE, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, Root
 from .leases import Lease, Leases
 
 
@@ -76,12 +76,12 @@ class Lineage:
     def fork_number(self, number: int, names: tuple[str, ...]) -> list[DeviceInfo]:
         """The same for an open clone, whose name may have changed."""
         with self._environment.write() as writer:
-            return self._add_clones(writer, _by_number(writer, number), names)
+            return self._add_clones(writer, catalog.living(writer, number), names)
 
     def seal(self, record: DeviceRecord, name: str) -> DeviceInfo:
         """A clone's last flushed moment as an image beside its parent; the clone must not be ephemeral."""
         with self._environment.write() as writer:
-            record = _by_number(writer, record.number)
+            record = catalog.living(writer, record.number)
             image = DeviceRecord(0, check_name(name), IMAGE, record.base, record.root, 0, record.parent)
             return catalog.describe(writer, catalog.add(writer, replace(image, sequence=record.sequence)))
 
@@ -92,7 +92,7 @@ class Lineage:
         lease = self._leases.take(number, f"clone {name!r}", exclusive=True)
         try:
             with self._environment.write() as writer:
-                record = _by_number(writer, number, name)
+                record = catalog.living(writer, number, name)
                 return catalog.describe(writer, catalog.save(writer, replace(record, root=record.base)))
         finally:
             lease.close()
@@ -116,13 +116,20 @@ class Lineage:
                 self._leases.forget(record.number)  # not before: who opens it now must find it locked, or gone
             return deleted
 
-    def hide(self, roots: Sequence[Root], owner: int) -> list[DeviceRecord]:
-        """Images without a name, which keep roots alive until they are dropped or their owner's lease ends."""
+    def hide(
+        self, choose: Callable[[Snapshot], list[DeviceRecord]], owner: int
+    ) -> tuple[list[DeviceRecord], list[DeviceRecord]]:
+        """Finds devices, and keeps their roots alive until they are dropped or their owner's lease ends.
+
+        Both in one transaction: a root that was found before it may be doomed by now.
+
+        Returns:
+            The devices, and the images without a name that hold their roots.
+        """
         with self._environment.write() as writer:
-            return [
-                catalog.add(writer, DeviceRecord(0, "hidden", IMAGE, root, root, HIDDEN, owner=owner))
-                for root in roots
-            ]
+            records = choose(writer)
+            roots = {root.node: (root, one) for one in records for root in (one.base, one.root) if root.node}
+            return records, [catalog.add(writer, _hidden(root, one, owner)) for root, one in roots.values()]
 
     def drop_hidden(self, numbers: Sequence[int]) -> None:
         """Removes hidden devices; harmless where they are gone."""
@@ -160,15 +167,14 @@ class Lineage:
                 catalog.purge(writer)
 
 
+def _hidden(root: Root, record: DeviceRecord, owner: int) -> DeviceRecord:
+    """An image without a name, which goes with the next boot where the device does whose root it holds."""
+    flags = HIDDEN | record.flags & EPHEMERAL
+    return DeviceRecord(0, "hidden", IMAGE, root, root, flags, owner=owner, boot=record.boot)
+
+
 def _delete(writer: Writer, number: int, name: str) -> DeviceInfo:
-    current = _by_number(writer, number, name)
+    current = catalog.living(writer, number, name)
     info = catalog.describe(writer, current)
     catalog.remove(writer, current)
     return info
-
-
-def _by_number(snapshot: Snapshot, number: int, name: str = "") -> DeviceRecord:
-    record = catalog.by_number(snapshot, number)
-    if record is None or record.flags & layout.DELETED:
-        raise NotFoundError("device", name or f"number {number}")
-    return record

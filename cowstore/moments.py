@@ -2,15 +2,17 @@
 
 A clone's root moves and a device may be deleted, so an export, a backup or a reader of a clone's last flushed
 moment holds the roots by hidden images, which belong to the process lease. A pin would do as well, but a long
-one keeps LMDB from using its free pages again. A store opened read-only has only pins.
+one keeps LMDB from using its free pages again. A store opened read-only has only pins, and so has a full disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .environment import Environment, Snapshot
+from .errors import NoSpaceError
+from .errors import StoreError
 from .layout import DeviceRecord
 from .lineage import Lineage
 
@@ -43,19 +45,24 @@ class Moments:
             notes what sweep() is to drop.
         """
         self.sweep()
+        if self._owner is None:
+            return self._pinned(choose)
+        try:
+            records, hidden = self._lineage.hide(choose, self._owner())
+        except NoSpaceError:
+            return self._pinned(choose)  # reading needs no space
+        numbers = [record.number for record in hidden]
+        return records, lambda: self._done.extend(numbers)
+
+    def _pinned(
+        self, choose: Callable[[Snapshot], list[DeviceRecord]]
+    ) -> tuple[list[DeviceRecord], Callable[[], None]]:
         pin = self._environment.read()
         try:
-            records = choose(pin)
-            if self._owner is None:
-                return records, pin.close
-            roots = {root.node: root for record in records for root in (record.base, record.root) if root.node}
-            hidden = self._lineage.hide(list(roots.values()), self._owner()) if roots else []
+            return choose(pin), pin.close
         except BaseException:
             pin.close()
             raise
-        pin.close()
-        numbers = [record.number for record in hidden]
-        return records, lambda: self._done.extend(numbers)
 
     @contextmanager
     def held(self, choose: Callable[[Snapshot], list[DeviceRecord]]) -> Iterator[list[DeviceRecord]]:
@@ -71,4 +78,15 @@ class Moments:
         """Drops the hidden images that nobody needs any more."""
         done, self._done = self._done, []
         if done:
-            self._lineage.drop_hidden(done)
+            try:
+                self._lineage.drop_hidden(done)
+            except NoSpaceError:
+                self._done.extend(done)  # another time
+            except BaseException:
+                self._done.extend(done)
+                raise
+
+    def settle(self) -> None:
+        """sweep() where nobody waits for it: what cannot be dropped now is dropped by the next sweep()."""
+        with suppress(StoreError):
+            self.sweep()

@@ -109,6 +109,7 @@ class Publisher:
         """Writes nodes and commit block; None if there is nothing to publish."""
         self.emit()
         if self.draft.root == self.record.root and self.final is None:
+            self.close()  # what was stored on the way is named by nothing, and the pin must not last
             return None
         reservations = self._workshop.reservations
         after = replace(

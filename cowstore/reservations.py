@@ -183,13 +183,10 @@ class Reservations:
         record = catalog.lease(writer, self._number)
         with self._abandoned_lock:
             doomed, self._abandoned = catalog.merge_runs(self._abandoned), []
-        try:
-            self._doom(writer, doomed)
-            left = catalog.subtract_runs(catalog.subtract_runs(record.runs, merged), doomed)
-            catalog.save_lease(writer, replace(record, runs=left))
-        except BaseException:
-            self.abandon(list(doomed))
-            raise
+        writer.on_failure(lambda: self.abandon(list(doomed)))
+        self._doom(writer, doomed)
+        left = catalog.subtract_runs(catalog.subtract_runs(record.runs, merged), doomed)
+        catalog.save_lease(writer, replace(record, runs=left))
 
     def doom_abandoned(self) -> None:
         """Dooms what was given up now, rather than with the next commit."""

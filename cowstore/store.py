@@ -192,7 +192,9 @@ class Store:
             return self._lineage.seal(record, image)
         from .imports import seal_ephemeral
 
-        return seal_ephemeral(self._writing_engine().workshop, self._lineage, record, image)
+        workshop = self._writing_engine().workshop
+        with self._moments.held(lambda pin: [catalog.living(pin, number)]) as (record,):
+            return seal_ephemeral(workshop, self._lineage, record, image)
 
     def reset(self, name: str) -> DeviceInfo:
         """Puts a clone back to its parent's moment; refused while it is open."""
@@ -326,10 +328,13 @@ class Store:
         collector = Collector(
             self._environment, engine.segments, self._leases, engine.index, engine.copies, self._disk, progress
         )
-        self._moments.sweep()
-        engine.reservations.doom_abandoned()
-        lock = self.path / "leases" / "collector"
-        collection = self._despite_full_disk(lambda: collector.run(lock, dry_run=dry_run))
+
+        def run() -> Collection:
+            self._moments.sweep()
+            engine.reservations.doom_abandoned()
+            return collector.run(self.path / "leases" / "collector", dry_run=dry_run)
+
+        collection = self._despite_full_disk(run)
         founding.make_reserve(self.path, self._disk)
         return collection
 
@@ -359,7 +364,10 @@ class Store:
     def _open_image(self, record: DeviceRecord) -> Device:
         from .devices import Device
 
-        lease = self._leases.take(record.number, f"image {record.name!r}", exclusive=False)
+        try:
+            lease = self._leases.take(record.number, f"image {record.name!r}", exclusive=False)
+        except NoSpaceError:
+            return self._open_moment(record.name)  # reading needs no space
         record = self._opened(record, lease)
         view = self._engine.view(record.root)
         return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, lease.close))
@@ -370,7 +378,8 @@ class Store:
         (record,), release = self._moments.take(lambda pin: [catalog.find(pin, name)])
         self._engine.segments.refresh()
         view = self._engine.view(record.root)
-        return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, release))
+        info, settle = self._lineage.describe(record), self._moments.settle
+        return self._keep(Device(info, record.base, view, *self._reading, release, settle))
 
     def _open_clone(self, name: str) -> Clone:
         self._writing_engine()

@@ -7,7 +7,9 @@ the store goes on: a write is flushed and read back.
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from cowstore.catalog import merge_runs
 from cowstore.clones import Clone
 from cowstore.collector import live_roots
 from cowstore.devices import Device
+from cowstore.errors import FormatError
+from cowstore.files import Disk
 from cowstore.layout import DATA_KINDS, DELETED, DOOMED, FREE, RESERVED, USED
 from cowstore.marks import Marks
 
@@ -26,10 +30,11 @@ from .model import BLOCK, Book, Fate, Model, Moment
 from .recording import stored_ranges
 from .worlds import Manner
 
+COPIES_CHECKED = 0.3  # of the worlds
 SMALL = 8 << 20  # bytes; larger devices are compared where they or the model have data
 
 
-class Violation(AssertionError):
+class BrokenPromiseError(AssertionError):
     """The store broke a promise."""
 
 
@@ -38,17 +43,19 @@ Found = dict[str, Fate]
 
 
 def check_world(top: Path, name: str, book: Book, at: int, manner: Manner, rng: random.Random) -> Found:
-    """Checks the store and the backups in a crashed world; returns what the store holds."""
+    """Checks the store, its copies and the backups in a crashed world; returns what the store holds."""
     for backup, (_, end, held) in book.backups.items():
         if (top / backup).exists():
             check_backup(top / backup, held)
         elif end <= at:
-            raise Violation(f"backup {backup} is not there")
+            raise BrokenPromiseError(f"backup {backup} is not there")
     if not (top / name / "store.json").exists():
         if book.founded <= at:
-            raise Violation("there is no store")
+            raise BrokenPromiseError("there is no store")
         return {}
     promises = {name: _survivors(book.allowed(name, at), manner) for name in book.names()}
+    if rng.random() < COPIES_CHECKED:
+        check_copies(top / name, rng, wanted=book.copied <= at)
     with cowstore.open(top / name) as store:
         found = compare(store, promises)
         _check_together(book, at, promises, found)
@@ -70,6 +77,30 @@ def check_backup(path: Path, held: Mapping[str, Fate]) -> None:
         audit(store)
 
 
+def check_copies(path: Path, rng: random.Random, *, wanted: bool) -> None:
+    """Every copy of the catalog verifies, and one put in the catalog's place leads to sound blocks."""
+    copies = [copy for copy in (path / "catalog.copy.0", path / "catalog.copy.1") if copy.exists()]
+    if wanted and not copies:
+        raise BrokenPromiseError("there is no copy of the catalog")
+    for copy in copies:
+        environment.verify_copy(copy, Disk())
+    if not copies:
+        return
+    aside, refused = path / "aside", 0
+    os.rename(path / "catalog", aside)
+    for copy in copies:
+        shutil.copytree(copy, path / "catalog")
+        try:
+            with cowstore.open(path, readonly=True) as store:
+                audit(store, accounts=False)
+        except FormatError:  # something was erased since it was made
+            refused += 1
+        shutil.rmtree(path / "catalog")
+    os.rename(aside, path / "catalog")
+    if refused == len(copies):
+        raise BrokenPromiseError("no copy of the catalog is as new as the last erasure")
+
+
 def _survivors(fates: Sequence[Fate], manner: Manner) -> list[Fate]:
     """What a reboot leaves: no ephemeral devices."""
     return [None if manner.power and fate is not None and fate.ephemeral else fate for fate in fates]
@@ -85,14 +116,14 @@ def _check_together(book: Book, at: int, promises: Promises, found: Found) -> No
                 if (before is None) != (after is None):
                     done.add((found.get(name) is None) == (after is None))
             if len(done) > 1:
-                raise Violation(f"only some of {', '.join(names)} were changed")
+                raise BrokenPromiseError(f"only some of {', '.join(names)} were changed")
 
 
 def compare(store: cowstore.Store, promises: Promises, *, others: Found | None = None) -> Found:
     """What each name stands for, which must be one of what it may; others are not looked at."""
     names = {info.name for info in store.devices()} - ((others or {}).keys() - promises.keys())
     if names - promises.keys():
-        raise Violation(f"{sorted(names - promises.keys())} were never made")
+        raise BrokenPromiseError(f"{sorted(names - promises.keys())} were never made")
     found: Found = {}
     for name, fates in promises.items():
         if name in names:
@@ -100,7 +131,7 @@ def compare(store: cowstore.Store, promises: Promises, *, others: Found | None =
         elif None in fates:
             found[name] = None
         else:
-            raise Violation(f"{name} is lost")
+            raise BrokenPromiseError(f"{name} is lost")
     return found
 
 
@@ -113,7 +144,7 @@ def _matching(store: cowstore.Store, name: str, fates: Sequence[Fate]) -> Moment
             if fate is not None and not reason:
                 return fate
             reasons.append(reason)
-        raise Violation(f"{name} {'; '.join(reasons)}")
+        raise BrokenPromiseError(f"{name} {'; '.join(reasons)}")
     finally:
         if isinstance(device, Clone):
             device.discard()
@@ -142,7 +173,7 @@ def difference(device: Device, moment: Moment) -> str:
     return f"lacks blocks {sorted(left)}" if left else ""
 
 
-def audit(store: cowstore.Store, *, collected: bool = False) -> None:
+def audit(store: cowstore.Store, *, collected: bool = False, accounts: bool = True) -> None:
     """The trees, the states of the slots, and the accounts of the catalog."""
     segments = store._engine.segments
     with store._environment.read() as pin:
@@ -155,23 +186,24 @@ def audit(store: cowstore.Store, *, collected: bool = False) -> None:
             reached = marks.reached(number)
             where = f"segment {number}"
             _demand(states[reached] == USED, f"{where}: reached slots are not used")
-            _demand((states == RESERVED) == reserved.pop(number, False), f"{where}: reserved slots and leases differ")
+            leased = reserved.pop(number, False)
+            _demand((states == RESERVED) == leased, f"{where}: reserved slots and leases differ")
             _demand(np.count_nonzero(states == FREE) == free, f"{where}: its free slots are miscounted")
             if kind in DATA_KINDS:
                 _read(store, number, reached)
             if collected:
                 _demand((states == USED) == reached, f"{where}: used slots are not reached after a collection")
                 _demand(states != DOOMED, f"{where}: doomed slots are left after a collection")
-            if collected or not (states == DOOMED).any():
+            if accounts and (collected or not (states == DOOMED).any()):
                 _demand(~_written(store, number)[states == FREE], f"{where}: free slots are not erased")
         if reserved:
-            raise Violation(f"leases hold slots of unknown segments {sorted(reserved)}")
+            raise BrokenPromiseError(f"leases hold slots of unknown segments {sorted(reserved)}")
         _audit_devices(pin)
 
 
 def _demand(good: object, what: str) -> None:
     if not np.all(good):  # type: ignore[call-overload]
-        raise Violation(what)
+        raise BrokenPromiseError(what)
 
 
 def _lease_masks(pin: environment.Snapshot) -> dict[int, slots.Mask]:
@@ -205,15 +237,15 @@ def _audit_devices(pin: environment.Snapshot) -> None:
     named = {layout.key_number(payload): key.decode() for key, payload in pin.items(environment.NAMES)}
     visible = {number: record.name for number, record in records.items() if record.visible}
     if named != visible:
-        raise Violation(f"names {named} and devices {visible} do not agree")
+        raise BrokenPromiseError(f"names {named} and devices {visible} do not agree")
     for number, record in records.items():
         children = sum(child.parent == number for child in records.values())
         if children != record.children:
-            raise Violation(f"device {number} counts {record.children} children and has {children}")
+            raise BrokenPromiseError(f"device {number} counts {record.children} children and has {children}")
         if record.flags & DELETED and not children:
-            raise Violation(f"device {number} is kept without a child")
+            raise BrokenPromiseError(f"device {number} is kept without a child")
         if record.number >= pin.state.next_number or record.sequence > pin.state.sequence:
-            raise Violation(f"device {number} has numbers that will be given again")
+            raise BrokenPromiseError(f"device {number} has numbers that will be given again")
 
 
 def _go_on(store: cowstore.Store, found: Found, rng: random.Random) -> Found:
@@ -233,6 +265,5 @@ def _go_on(store: cowstore.Store, found: Found, rng: random.Random) -> Found:
         clone.flush()
         reason = difference(clone, model.moment())
         if reason:
-            raise Violation(f"{name}, written after the crash, {reason}")
+            raise BrokenPromiseError(f"{name}, written after the crash, {reason}")
     return {name: model.moment()}
-

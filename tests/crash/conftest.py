@@ -1,4 +1,4 @@
-"""Where worlds are made: in memory where there is room, since each is a whole store and syncs prove nothing here."""
+"""Where worlds are made: in memory where there is room. Each is a whole store, and real syncs prove nothing."""
 
 from __future__ import annotations
 

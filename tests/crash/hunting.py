@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from cowstore.errors import StoreError
 
-from .checking import Found, Violation, check_world
+from .checking import BrokenPromiseError, Found, check_world
+from .driver import Driver
 from .model import Book
-from .recording import Recorder, RecordingDisk, recorded
-from .workloads import FIRST_BOOT, LATER_BOOT, Driver, booted, small
+from .recording import DirectorySynced, Recorder, Renamed, recorded
+from .surroundings import FIRST_BOOT, LATER_BOOT, booted, small
 from .worlds import MANNERS, History, Manner
 
 STORE = "store"
@@ -30,19 +32,39 @@ class Recording:
 
     Attributes:
         start: From where on in the log a crash makes sense.
+        boots: The host's boot, and the one after a loss of power.
     """
 
-    def __init__(self, recorder: Recorder, book: Book, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        book: Book,
+        seed: int,
+        start: int = 0,
+        boots: tuple[bytes, bytes] = (FIRST_BOOT, LATER_BOOT),
+    ) -> None:
         self.recorder = recorder
         self.book = book
         self.seed = seed
         self.start = start
+        self.boots = boots
+        book.copied = min(book.copied, self._first_copy())
+
+    def _first_copy(self) -> float:
+        """Where in the log the first copy of the catalog got its name for good."""
+        named = -1
+        for position, operation in enumerate(self.recorder.log):
+            if isinstance(operation, Renamed) and operation.name in ("catalog.copy.0", "catalog.copy.1"):
+                named = operation.directory
+            elif isinstance(operation, DirectorySynced) and operation.directory == named:
+                return position + 1
+        return math.inf
 
     def crash(self, top: Path, points: Sequence[int], manners_each: int) -> int:
         """Checks worlds of these points; returns how many.
 
         Raises:
-            Violation: In one of them the store broke a promise. The message says which.
+            BrokenPromiseError: In one of them the store broke a promise. The message says which.
         """
         history = History(self.recorder.log, self.recorder.hints)
         worlds = 0
@@ -63,11 +85,11 @@ class Recording:
         world = top / f"{at}-{MANNERS.index(manner)}"
         history.make(world, manner, dice)
         try:
-            with booted(LATER_BOOT if manner.power else FIRST_BOOT):
+            with booted(self.boots[manner.power]):
                 found = check_world(world, STORE, self.book, at, manner, dice)
-        except (StoreError, Violation, AssertionError, OSError) as error:
+        except (StoreError, BrokenPromiseError, AssertionError, OSError) as error:
             shutil.rmtree(world)
-            raise Violation(self._told(at, manner, error)) from error
+            raise BrokenPromiseError(self._told(at, manner, error)) from error
         yield world, found
 
     def _told(self, at: int, manner: Manner, error: BaseException) -> str:
@@ -111,17 +133,23 @@ def run(workload: Workload, driver: Driver) -> None:
         driver.give_up()
 
 
-def hunt(top: Path, workload: Workload, seed: int, points: int, manners_each: int, *, threads: bool = False) -> int:
-    """Records a workload and checks worlds of it; with COWSTORE_CRASH_SECONDS, other seeds until they are over."""
-    deadline = time.monotonic() + SECONDS
-    worlds = 0
-    while True:
-        place = top / f"seed-{seed}"
-        place.mkdir()
-        recording = record(place / "live", workload, seed, threads=threads)
-        worlds += recording.crash(place, recording.points(points), manners_each)
-        shutil.rmtree(place)
-        if time.monotonic() >= deadline:
-            return worlds
-        seed += 1000
+def hunt(
+    top: Path, workload: Workload, seed: int, points: int, manners_each: int, *, threads: bool = False
+) -> int:
+    """Records a workload and checks worlds of it; returns how many."""
+    place = top / f"seed-{seed}"
+    place.mkdir()
+    recording = record(place / "live", workload, seed, threads=threads)
+    worlds = recording.crash(place, recording.points(points), manners_each)
+    shutil.rmtree(place)
+    return worlds
 
+
+def seeds(*first: int) -> Iterator[int]:
+    """These seeds; with COWSTORE_CRASH_SECONDS, others until they are over."""
+    deadline = time.monotonic() + SECONDS
+    yield from first
+    seed = random.randrange(1 << 30)  # a message about what was found names it
+    while time.monotonic() < deadline:
+        yield seed
+        seed += 1

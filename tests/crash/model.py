@@ -98,14 +98,20 @@ class Book:
         together: Changes of several names that a single transaction makes.
         backups: Names of backups: when each was begun and done, and what it must hold.
         founded: From where on in the log the store must be there.
+        copied: From where on there must be a copy of its catalog.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.founded: float = math.inf
+        self.copied: float = math.inf
         self.together: list[tuple[int, float, tuple[str, ...]]] = []
         self.backups: dict[str, tuple[int, float, dict[str, Fate]]] = {}
         self._recorder = recorder
         self._steps: dict[str, list[Step]] = defaultdict(list)
+
+    def known(self, name: str, fate: Fate) -> None:
+        """What a name stood for before the recording began."""
+        self._steps[name].insert(0, Step(0, 0, fate))
 
     @property
     def now(self) -> int:
@@ -113,7 +119,12 @@ class Book:
 
     @contextmanager
     def change(
-        self, after: Mapping[str, Fate], *, together: bool = False, passing: Sequence[Moment] = (), sure: bool = False
+        self,
+        after: Mapping[str, Fate],
+        *,
+        together: bool = False,
+        passing: Sequence[Moment] = (),
+        sure: bool = False,
     ) -> Iterator[None]:
         """A call that changes what names stand for.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import lmdb
 
-from cowstore.environment import Environment
+from cowstore.environment import Environment, Writer
 from cowstore.errors import NoSpaceError
 from cowstore.files import Disk, File
 
@@ -402,34 +402,23 @@ class RecordingDisk(Disk):
             self.recorder.unlinked(path)
 
 
-class _Watched:
-    """A transaction of LMDB's whose commit is noted, or fails."""
-
-    def __init__(self, txn: Any, recorder: Recorder, catalog: Path) -> None:
-        self._txn = txn
-        self._recorder = recorder
-        self._catalog = catalog
-
-    def commit(self) -> None:
-        try:
-            self._recorder.check("commit", self._catalog)
-        except (OSError, NoSpaceError) as error:
-            self._txn.abort()
-            code = error.errno if isinstance(error, OSError) else errno.ENOSPC
-            raise lmdb.Error(os.strerror(code or 0)) from error
-        self._txn.commit()
-        self._recorder.committed(self._catalog)
-
-
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[RecordingDisk]:
     """A disk that notes everything, and LMDB's commits noted too while it lasts."""
-    commit, make_room = Environment._commit, Environment._make_room
+    commit, make_room = Writer.commit, Environment._make_room
 
-    def noting_commit(environment: Environment, txn: Any) -> None:
-        if recorder.top in environment.path.parents:
-            txn = _Watched(txn, recorder, environment.path)
-        commit(environment, txn)
+    def noting_commit(writer: Writer) -> None:
+        catalog = writer._environment.path
+        if recorder.top not in catalog.parents:
+            commit(writer)
+            return
+        try:
+            recorder.check("commit", catalog)
+        except (OSError, NoSpaceError) as error:
+            code = error.errno if isinstance(error, OSError) else errno.ENOSPC
+            raise lmdb.Error(os.strerror(code or 0)) from error
+        commit(writer)
+        recorder.committed(catalog)
 
     def noting_length(environment: Environment, put_bytes: int) -> None:
         data = environment.path / "data.mdb"
@@ -438,11 +427,9 @@ def recorded(recorder: Recorder) -> Iterator[RecordingDisk]:
         if data.stat().st_size != before and recorder.top in environment.path.parents:
             recorder.lengthened(environment.path, data.stat().st_size)
 
-    Environment._commit, Environment._make_room = noting_commit, noting_length  # type: ignore[method-assign]
-    try:
+    changed: Any = (Writer, "commit", noting_commit), (Environment, "_make_room", noting_length)
+    with replaced(*changed):
         yield RecordingDisk(recorder)
-    finally:
-        Environment._commit, Environment._make_room = commit, make_room  # type: ignore[method-assign]
 
 
 def is_hint(path: Path) -> bool:
@@ -474,3 +461,16 @@ def stored_ranges(path: Path, limit: int = 1 << 62) -> Iterator[tuple[int, bytes
             start = end
     finally:
         os.close(fd)
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Other attributes for a while."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)

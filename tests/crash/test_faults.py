@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cowstore.errors import ExistsError, NoSpaceError, PoisonedError, StoreError
+import cowstore
+from cowstore.environment import WriteGate
+from cowstore.errors import NoSpaceError, PoisonedError, StoreError
+from cowstore.files import Disk
 from cowstore.segments import Segments
 
-from .checking import Violation, difference
-from .hunting import DEEP, Recording, record
+from .checking import BrokenPromiseError, difference
+from .driver import Driver
+from .hunting import DEEP, record
 from .model import BLOCK
-from .recording import Fault, RecordingFile
-from .workloads import Driver, replaced
+from .recording import Fault, Recorder, RecordingFile, recorded, replaced
 
 Step = Callable[[Driver], object]
 KINDS = ("write", "sync", "create", "rename", "directory sync", "allocate", "punch", "commit")
@@ -94,7 +99,7 @@ def go_on_regardless(driver: Driver, fault: Fault) -> None:
                 if moment.blocks != flushed[name].blocks and driver.shelf[name].flushed is not flushed[name]
             ]  # fmt: skip
             if poisoned and claimed:
-                raise Violation(f"a flush of {claimed} succeeded after one had failed")
+                raise BrokenPromiseError(f"a flush of {claimed} succeeded after one had failed")
 
 
 def try_again(driver: Driver, fault: Fault) -> None:
@@ -106,25 +111,15 @@ def try_again(driver: Driver, fault: Fault) -> None:
             step(driver)
         except NoSpaceError:
             driver.recorder.fault = None
-            try:
-                step(driver)
-            except ExistsError:
-                adopt(driver)
+            step(driver)
     driver.recorder.fault = None
     for name, (clone, model) in driver.hands.items():
         assert not difference(clone, model.moment()), name
     driver.close_store()
 
 
-def adopt(driver: Driver) -> None:
-    """Takes up a device that was made although the call failed, because it could not be opened."""
-    for info in driver.store.devices():
-        if info.name not in driver.shelf:
-            raise Violation(f"{info.name} was made by a call that failed")
-
-
 def search(arena: Path, kind: str, code: int, workload: Callable[[Driver, Fault], None], *, lasting: bool) -> int:
-    """Has each of some calls of a kind fail, and checks what is on the disk after that; returns how many worlds."""
+    """Has each of some calls of a kind fail, and checks what the disk holds then; returns how many worlds."""
     calls = calls_of(arena / "live", kind)
     places = random.Random(kind).sample(range(1, calls + 1), min(SAMPLES, calls))
     worlds = 0
@@ -168,7 +163,7 @@ def test_swallowed_sync_error_would_be_found(arena):
             except OSError:
                 pass
 
-    with replaced((Segments, "sync", careless)), pytest.raises(Violation):
+    with replaced((Segments, "sync", careless)), pytest.raises(BrokenPromiseError):
         search(arena, "sync", errno.EIO, go_on_regardless, lasting=False)
 
 
@@ -181,5 +176,88 @@ def test_repeated_sync_would_be_found(arena):
         except OSError:
             sync(self)
 
-    with replaced((RecordingFile, "sync", stubborn)), pytest.raises(Violation):
+    with replaced((RecordingFile, "sync", stubborn)), pytest.raises(BrokenPromiseError):
         search(arena, "sync", errno.EIO, go_on_regardless, lasting=False)
+
+
+@pytest.fixture
+def recorder(arena):
+    return Recorder(arena)
+
+
+@pytest.fixture
+def store(arena, recorder):
+    with recorded(recorder) as disk, cowstore.open(arena / "store", create=True, _disk=disk) as store:
+        yield store
+        recorder.fault = None
+
+
+def fails_once(recorder: Recorder, kind: str) -> None:
+    recorder.fault = Fault(frozenset([kind]), 1, errno.ENOSPC)
+
+
+def test_write_lock_is_given_up_on_a_full_disk(arena, store, recorder):
+    """Its holder is noted in it for people; that there is no room for that keeps nobody from anything."""
+    recorder.fault = Fault(frozenset(["write"]), 1, errno.ENOSPC, lasting=True)
+    store.create("a", BLOCK).close()
+    with WriteGate(Disk(), arena / "store" / "leases" / "writer", timeout=0.2).held():
+        pass
+
+
+def test_lease_is_tried_again(store, recorder):
+    fails_once(recorder, "commit")
+    with pytest.raises(NoSpaceError):
+        _ = store._engine.reservations.lease_number
+    assert store._engine.reservations.lease_number > 0
+
+
+def test_sequence_numbers_are_ours_before_they_are_used(store, recorder):
+    reservations = store._engine.reservations
+    fails_once(recorder, "commit")
+    with pytest.raises(NoSpaceError):
+        reservations.sequence(0)
+    number = reservations.sequence(0)
+    with store._environment.read() as snapshot:
+        assert number <= snapshot.state.sequence
+
+
+def test_device_that_cannot_be_opened_is_not_made(store, recorder):
+    store.create("parent", BLOCK).close()
+    for make in (partial(store.create, "a", BLOCK), partial(store.clone, "parent", "a")):
+        fails_once(recorder, "create")
+        with pytest.raises(NoSpaceError):
+            make()
+        assert [info.name for info in store.devices()] == ["parent"]
+
+
+def test_sync_beside_one_that_fails_is_no_success(store, monkeypatch):
+    """The kernel tells one caller of the failure. The other, who is told nothing, must not succeed before him."""
+    with store.create("a", BLOCK) as clone:
+        clone.pwrite(b"x", 0)
+    (number, *_) = store._engine.segments.opened
+    told, second_done = threading.Event(), threading.Event()
+
+    def sync(_file: RecordingFile) -> None:
+        if not told.is_set():
+            told.set()
+            second_done.wait(0.3)
+            raise OSError(errno.EIO, "told once")
+
+    monkeypatch.setattr(RecordingFile, "sync", sync)
+    outcomes: list[str] = []
+
+    def attempt() -> None:
+        try:
+            store._engine.segments.sync([number])
+            outcomes.append("success")
+            second_done.set()
+        except PoisonedError:
+            outcomes.append("poisoned")
+
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    threads[0].start()
+    assert told.wait(5)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == ["poisoned", "poisoned"]

@@ -19,11 +19,12 @@ from cowstore.layout import DATA, MAP_KINDS, SLOT_BITS
 from cowstore.lineage import Lineage
 from cowstore.segments import Segments
 
-from .checking import Violation
+from .checking import BrokenPromiseError
+from .driver import Driver
 from .hunting import Workload, hunt
 from .model import BLOCK
-from .recording import RecordingDisk, RecordingFile
-from .workloads import Driver, garbage, replaced
+from .recording import RecordingDisk, RecordingFile, replaced
+from .workloads import garbage
 
 Change = tuple[Any, str, Any]  # an object, the name of an attribute, its other value
 
@@ -188,7 +189,7 @@ BUGS: dict[Callable[[], list[Change]], Workload] = {
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_planted_bug_is_found(arena, bug):
     """By a broken promise after a crash, or while the workload still runs."""
-    with replaced(*bug()), pytest.raises((Violation, AssertionError, StoreError)) as caught:
+    with replaced(*bug()), pytest.raises((BrokenPromiseError, AssertionError, StoreError)) as caught:
         hunt(arena, BUGS[bug], 5, points=1000, manners_each=3)
     print(caught.value)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cowstore import index as index_module
+from cowstore.digest import checksum
 
 from .recording import (
     TOP,
@@ -239,7 +240,7 @@ class History:
         magic, version, bucket, seed, _, buckets = head.unpack_from(table)
         assert (magic, version, bucket) == (index_module._MAGIC, index_module._VERSION, index_module.BUCKET_SIZE)
         fields = head.pack(magic, version, bucket, seed, os.fstat(fd).st_ino, buckets)
-        os.pwrite(fd, fields + index_module.checksum(fields).to_bytes(8, "little"), 0)
+        os.pwrite(fd, fields + checksum(fields).to_bytes(8, "little"), 0)
 
 
 def _rename(names: dict[str, int], naming: Naming) -> None:

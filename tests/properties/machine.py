@@ -176,9 +176,9 @@ class Machine(World):
         self.store.rename(thing.name, name)
         if thing.name == self.away:
             self.away = name
-        for places in (self.things, self.handles):
-            if thing.name in places:
-                places[name] = places.pop(thing.name)
+        self.things[name] = self.things.pop(thing.name)
+        if thing.name in self.handles:
+            self.handles[name] = self.handles.pop(thing.name)
         if thing.name in self.written:
             self.written = self.written - {thing.name} | {name}
         thing.name = name

@@ -21,4 +21,5 @@ def neighbour() -> Iterator[Neighbour]:
 
 @pytest.mark.parametrize("machine", [Machine, CollidingMachine])
 def test_store_does_what_bytearrays_do(neighbour, machine):
-    run_state_machine_as_test(lambda: machine(neighbour), settings=settings())
+    machine.neighbour = neighbour
+    run_state_machine_as_test(machine, settings=settings())

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from hypothesis import strategies as st
@@ -72,8 +73,9 @@ class World(RuleBasedStateMachine):
     """A store, a neighbour who uses it too, and what both should find in it."""
 
     function = "whole"
+    neighbour: Neighbour  # given to the class by the test: one process for all examples
 
-    def __init__(self, neighbour: Neighbour) -> None:
+    def __init__(self) -> None:
         super().__init__()
         place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
         self.directory = Path(tempfile.mkdtemp(prefix="cowstore-", dir=place))
@@ -83,7 +85,7 @@ class World(RuleBasedStateMachine):
         self.handles: dict[str, cowstore.Clone] = {}
         self.readers: list[tuple[Thing, cowstore.Device, Content]] = []
         self.written: set[str] = set()  # since the last flush
-        self.neighbour, self.neighbour_is_in, self.away = neighbour, False, ""
+        self.neighbour_is_in, self.away = False, ""
         self.limits = ExitStack()
         self.limits.enter_context(mock.patch.object(cowstore.collector, "_PATIENCE", 0.02))
 
@@ -162,14 +164,14 @@ class World(RuleBasedStateMachine):
         thing.flush()
         self.written.discard(thing.name)
 
-    def ask(self, *command: object) -> object:
+    def ask(self, command: str, *arguments: object) -> Any:
         if not self.neighbour_is_in:
             self.neighbour("open", self.path, self.function)
             self.neighbour_is_in = True
-        return self.neighbour(*command)
+        return self.neighbour(command, *arguments)
 
     def drop_store(self, *, flush: bool) -> None:
-        """Closes the store with everything that is open in it, clones with a flush or without, and opens it again."""
+        """Closes the store and everything in it, clones with a flush or without, and opens it again."""
         for handle in self.handles.values() if not flush else ():
             handle.discard()
         self.store.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ import pytest
 import cowstore
 import cowstore.collector
 from cowstore.environment import Environment
-from cowstore.store import Store
 
 BLOCK, LEAF = 4096, 2 << 20
 SIZE = LEAF + 3 * BLOCK
@@ -34,15 +33,16 @@ def whole(*letters: str) -> set[bytes]:
 
 
 class World:
-    """An image, a clone and an ephemeral clone of it, which are open, and content that only a device to be deleted has."""
+    """An image and clones of it: two that others have open, one of ours; and an image that will be deleted."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        store.import_image(io.BytesIO(whole("a").pop()), "image")
-        self.disk, self.brief = store.clone("image", "disk"), store.clone("image", "brief", ephemeral=True)
-        self.other = store.clone("image", "other")
+    def __init__(self, path: Path) -> None:
+        self.store, self.theirs, self.reader = (cowstore.open(path, create=True) for _ in range(3))
+        self.store.import_image(io.BytesIO(whole("a").pop()), "image")
+        self.disk = self.theirs.clone("image", "disk")
+        self.brief = self.theirs.clone("image", "brief", ephemeral=True)
+        self.other = self.store.clone("image", "other")
         self.write("b")
-        store.import_image(io.BytesIO(whole("x").pop()), "garbage")
+        self.store.import_image(io.BytesIO(whole("x").pop()), "garbage")
 
     def write(self, letter: str) -> None:
         for clone in (self.disk, self.brief):
@@ -51,14 +51,22 @@ class World:
 
     def disturb(self) -> None:
         self.write("c")
-        self.store.delete("garbage")
-        self.store.collect()
+        self.theirs.delete("garbage")
+        self.collect()
         self.write("d")
-        self.store.collect()
+        self.collect()
 
-    def held(self, name: str, *, path: Path | None = None) -> bytes:
-        with cowstore.open(path or self.store.path) as store, store.device(name, readonly=True) as device:
+    def collect(self) -> None:
+        with suppress(cowstore.InUseError):  # the call is a collection itself: one at a time
+            self.theirs.collect()
+
+    def held(self, name: str) -> bytes:
+        with self.reader.device(name, readonly=True) as device:
             return device.pread(device.size, 0)
+
+    def close(self) -> None:
+        for store in (self.store, self.theirs, self.reader):
+            store.close()
 
 
 Call = Callable[[World, Path], None]
@@ -90,8 +98,10 @@ def export(world: World, directory: Path) -> None:
 
 def back_up(world: World, directory: Path) -> None:
     world.store.backup(directory / "backup")
-    assert world.held("disk", path=directory / "backup") in whole("b", "d")
-    assert world.held("image", path=directory / "backup") in whole("a")
+    with cowstore.open(directory / "backup") as copy:
+        for name, letters in {"disk": "bd", "image": "a"}.items():
+            with copy.device(name, readonly=True) as device:
+                assert device.pread(SIZE, 0) in whole(*letters)
 
 
 def fork(world: World, _: Path) -> None:
@@ -106,11 +116,6 @@ def seal(world: World, _: Path) -> None:
 
 def seal_ephemeral(world: World, _: Path) -> None:
     world.store.seal("brief", "new")
-    assert world.held("new") in whole("b", "d")
-
-
-def seal_open_ephemeral(world: World, _: Path) -> None:
-    world.brief.seal("new")
     assert world.held("new") in whole("b", "d")
 
 
@@ -149,12 +154,14 @@ def diff(world: World, _: Path) -> None:
 
 
 def delta(world: World, _: Path) -> None:
-    assert [number for number, _ in world.disk.delta()] == [0, 1, 2, 512, 513, 514]
+    world.other.pwrite(whole("x").pop(), 0)
+    assert [number for number, _ in world.other.delta()] == [0, 1, 2, 512, 513, 514]
+    world.other.discard()
 
 
 def measure(world: World, _: Path) -> None:
     assert world.store.usage("disk").own == 6 * BLOCK
-    assert world.store.exclusive("disk") in (6 * BLOCK, 9 * BLOCK)
+    assert world.store.exclusive("disk") in (3 * BLOCK, 9 * BLOCK)  # the other clone may share its blocks
     world.store.stats()
 
 
@@ -164,7 +171,7 @@ def collect(world: World, _: Path) -> None:
 
 
 CALLS: list[Call] = [
-    use_moment, use_image, use_clone, export, back_up, fork, seal, seal_ephemeral, seal_open_ephemeral, share_garbage,
+    use_moment, use_image, use_clone, export, back_up, fork, seal, seal_ephemeral, share_garbage,
     import_garbage, fork_garbage, reset, diff, delta, measure, collect,
 ]  # fmt: skip
 
@@ -173,7 +180,7 @@ CALLS: list[Call] = [
 def disturbed(action: Callable[[], None], turn: int) -> Iterator[list[int]]:
     """Runs an action before the transaction of that number; gives the count of the transactions so far."""
     count = [0]
-    quiet = []
+    quiet: list[bool] = []
     originals = Environment.read, Environment.write
 
     def step() -> None:
@@ -206,20 +213,22 @@ def test_what_a_call_has_found_may_be_gone(path, monkeypatch, call):
     turn, count = 0, [1]
     while turn < count[0]:
         turn += 1
-        with cowstore.open(path, create=True) as store:
-            world = World(store)
+        world = World(path)
+        try:
             with disturbed(world.disturb, turn) as count:
-                try:
-                    call(world, path.parent)
-                except cowstore.InUseError as refused:
-                    assert call is collect  # one run at a time
-                    assert refused.what == "the collector"
-            for _ in range(2):
-                assert store.collect(dry_run=turn > count[0]).waiting == 0
-                assert world.disk.pread(SIZE, 0) in (whole("d") if turn <= count[0] else whole("b"))
-                assert world.held("image") in whole("a")
-                for name in [info.name for info in store.devices()]:
-                    assert len(world.held(name)) >= SIZE
+                call(world, path.parent)
+            check(world, "d" if turn <= count[0] else "b")
+        finally:
+            world.close()
         for left in path.parent.iterdir():
             (shutil.rmtree if left.is_dir() else Path.unlink)(left)
-    assert turn > 1 or call is fork
+
+
+def check(world: World, letter: str) -> None:
+    """Everything is there, also after collections which nothing holds up any more."""
+    for _ in range(2):
+        assert world.store.collect().waiting == 0
+        assert world.disk.pread(SIZE, 0) in whole(letter)
+        assert world.held("image") in whole("a")
+        for info in world.store.devices():
+            assert len(world.held(info.name)) >= SIZE
