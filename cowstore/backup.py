@@ -47,7 +47,7 @@ class Backup:
         self._source = source
         self._hasher = hasher
         self._target = target
-        self._aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        self._aside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         self._identity = Identity(os.urandom(16), hasher.seed)
 
     def write(self, records: list[DeviceRecord], progress: Progress) -> None:

@@ -195,13 +195,16 @@ class Disk:
 
         Unlike File.allocate() it never writes zeros where the file system cannot: others may be writing.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        file = File(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         try:
-            if _fallocate(fd, 0, 0, size):
+            if not file.size():
+                file.write_in_place()
+            has_its_space = os.fstat(file.fd).st_blocks * 512 >= size  # asked again, a full XFS would refuse
+            if not has_its_space and _fallocate(file.fd, 0, 0, size):
                 code = ctypes.get_errno()
                 raise _full(OSError(code, os.strerror(code), str(path)), path)
         finally:
-            os.close(fd)
+            file.close()
 
     def _file(self, path: Path, fd: int) -> File:
         return File(path, fd)

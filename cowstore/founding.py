@@ -27,7 +27,7 @@ def found(path: Path, disk: Disk) -> None:
         raise FormatError(
             str(path), "it is not a store, and not empty", hint="name a directory that is not there yet"
         )
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")  # a crash may leave one
     try:
         disk.make_directory(aside)
         for part in _PARTS:
@@ -56,11 +56,14 @@ def _place(aside: Path, path: Path, disk: Disk) -> None:
 
 
 def make_reserve(path: Path, disk: Disk) -> None:
-    """Makes the file that is given up when the disk is full, so that deletes still work."""
+    """Makes the file that is given up when the disk is full, so that deletes still work.
+
+    One that is there is given its space again: a crash may have left it without.
+    """
     reserve = path / "reserve"
     try:
-        file = disk.open(reserve, write=True, exclusive=True)
-    except (OSError, NoSpaceError):  # it is there; or there is no room for its name
+        file = disk.open(reserve, write=True, create=True)
+    except (OSError, NoSpaceError):
         return
     try:
         file.allocate(_RESERVE)

@@ -89,7 +89,7 @@ class Leases:
             return self._disk.open(path, write=True, create=True)
         except OSError as error:
             if error.errno not in _READ_ONLY:
-                raise StoreError(f"the lock file {path} cannot be opened: {error.strerror}") from error
+                raise _not_opened(path, error) from error
         try:
             return self._disk.open(path)
         except OSError:
@@ -116,6 +116,10 @@ class Leases:
         self._disk.unlink(self._directory / str(number))
 
 
+def _not_opened(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"the lock file {path} cannot be opened: {error.strerror}")
+
+
 @contextmanager
 def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
     """Holds a lock file for the length of a block, so that one process at a time does something.
@@ -123,7 +127,10 @@ def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
     Raises:
         InUseError: Somebody holds it for longer than the patience, seconds; with the holder's pid.
     """
-    file = disk.open(path, write=True, create=True)
+    try:
+        file = disk.open(path, write=True, create=True)
+    except OSError as error:
+        raise _not_opened(path, error) from error
     deadline = time.monotonic() + patience
     try:
         while not file.try_lock(exclusive=True):

@@ -7,13 +7,13 @@ flushed moment, which is what a power cut would leave, and the writer notices no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from . import catalog, layout
 from .catalog import DeviceInfo, check_name, check_size
 from .environment import Environment, Snapshot, Writer
-from .errors import InvalidError
+from .errors import InvalidError, NoSpaceError
 from .layout import CLONE, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, Root
 from .leases import Lease, Leases
 
@@ -24,6 +24,7 @@ class Lineage:
     def __init__(self, environment: Environment, leases: Leases) -> None:
         self._environment = environment
         self._leases = leases
+        self._unwanted: list[int] = []
 
     def create(self, name: str, size: int) -> tuple[DeviceRecord, Lease]:
         """A blank clone of so many bytes, and its lease."""
@@ -132,12 +133,25 @@ class Lineage:
             return records, [catalog.add(writer, _hidden(root, one, owner)) for root, one in roots.values()]
 
     def drop_hidden(self, numbers: Sequence[int]) -> None:
-        """Removes hidden devices; harmless where they are gone."""
-        with self._environment.write() as writer:
-            for number in numbers:
-                record = catalog.by_number(writer, number)
-                if record is not None:
-                    catalog.remove(writer, record)
+        """Removes hidden devices; harmless where they are gone. On a full disk the next collection does."""
+        self._unwanted.extend(numbers)
+        with suppress(NoSpaceError):
+            self.drop_unwanted()
+
+    def drop_unwanted(self) -> None:
+        """Removes the hidden devices that could not be removed before."""
+        unwanted, self._unwanted = self._unwanted, []
+        if not unwanted:
+            return
+        try:
+            with self._environment.write() as writer:
+                for number in unwanted:
+                    record = catalog.by_number(writer, number)
+                    if record is not None:
+                        catalog.remove(writer, record)
+        except BaseException:
+            self._unwanted.extend(unwanted)
+            raise
 
     def start_image(self, image: DeviceRecord, owner: int) -> DeviceRecord:
         """A hidden image that is about to be filled; its owner's death removes it."""

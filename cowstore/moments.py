@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from .environment import Environment, Snapshot
-from .errors import NoSpaceError
-from .errors import StoreError
+from .errors import NoSpaceError, StoreError
 from .layout import DeviceRecord
 from .lineage import Lineage
 
@@ -80,8 +79,6 @@ class Moments:
         if done:
             try:
                 self._lineage.drop_hidden(done)
-            except NoSpaceError:
-                self._done.extend(done)  # another time
             except BaseException:
                 self._done.extend(done)
                 raise

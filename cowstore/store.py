@@ -331,6 +331,7 @@ class Store:
 
         def run() -> Collection:
             self._moments.sweep()
+            self._lineage.drop_unwanted()
             engine.reservations.doom_abandoned()
             return collector.run(self.path / "leases" / "collector", dry_run=dry_run)
 

@@ -54,7 +54,7 @@ def export(session: Session, name: str, file: str, force: bool, as_json: bool) -
     if file == "-":
         _export_to_stdout(session, name, as_json)
         return
-    with session.look() as store, console.progress() as progress:
+    with session.copy() as store, console.progress() as progress:
         try:
             store.export(name, file, overwrite=force, progress=progress)
         except cowstore.ExistsError as error:
@@ -72,7 +72,7 @@ def _export_to_stdout(session: Session, name: str, as_json: bool) -> None:
         raise click.UsageError("--json and the disk cannot both go to standard output")
     if console.on_terminal():
         raise click.UsageError("a terminal cannot show a disk; redirect standard output")
-    with session.look() as store, console.progress() as progress, store.device(name, readonly=True) as device:
+    with session.copy() as store, console.progress() as progress, store.device(name, readonly=True) as device:
         _copy_out(device, 0, device.size, progress)
 
 

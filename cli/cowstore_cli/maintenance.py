@@ -54,7 +54,7 @@ def backup(session: Session, path: str, as_json: bool) -> None:
 
     Others may go on using the store meanwhile; ephemeral clones stay behind.
     """
-    with session.open() as store, console.progress() as progress:
+    with session.copy() as store, console.progress() as progress:
         store.backup(path, progress=progress)
     if as_json:
         console.emit({"path": path})

@@ -37,6 +37,16 @@ class Session:
         """Open the store for commands that only look: without write access, and in nobody's way."""
         return cowstore.open(self.path, readonly=True)
 
+    def copy(self) -> cowstore.Store:
+        """Open the store for commands that read it for long.
+
+        Where it can be written, what they read is held by a record, which is in nobody's way.
+        """
+        try:
+            return self.open()
+        except cowstore.ReadOnlyError:
+            return self.look()
+
 
 @contextmanager
 def writing(store: cowstore.Store, name: str) -> Iterator[cowstore.Clone]:

@@ -31,6 +31,7 @@ from .recording import stored_ranges
 from .worlds import Manner
 
 COPIES_CHECKED = 0.3  # of the worlds
+RESERVE = 4 << 20  # bytes
 SMALL = 8 << 20  # bytes; larger devices are compared where they or the model have data
 
 
@@ -52,6 +53,8 @@ def check_world(top: Path, name: str, book: Book, at: int, manner: Manner, rng: 
     if not (top / name / "store.json").exists():
         if book.founded <= at:
             raise BrokenPromiseError("there is no store")
+        with cowstore.open(top / name, create=True) as store:  # whatever is in the way
+            _go_on(store, {}, rng)
         return {}
     promises = {name: _survivors(book.allowed(name, at), manner) for name in book.names()}
     if rng.random() < COPIES_CHECKED:
@@ -60,11 +63,16 @@ def check_world(top: Path, name: str, book: Book, at: int, manner: Manner, rng: 
         found = compare(store, promises)
         _check_together(book, at, promises, found)
         settled = {name: [fate] for name, fate in found.items()}
-        audit(store)
+        audit(store, erased=not manner.garbage)
         store.collect()
         compare(store, settled)
-        audit(store, collected=True)
+        audit(store, collected=True, erased=not manner.garbage)
+        if (top / name / "reserve").stat().st_size < RESERVE:
+            raise BrokenPromiseError("there is no reserve after a collection")
         changed = _go_on(store, found, rng)
+        for backup, (begun, _, _) in book.backups.items():
+            if begun <= at and not (top / backup).exists():
+                store.backup(top / backup)  # whatever is in the way
     with cowstore.open(top / name) as store:
         compare(store, {name: [fate] for name, fate in changed.items()}, others=found)
     return found | changed
@@ -92,7 +100,7 @@ def check_copies(path: Path, rng: random.Random, *, wanted: bool) -> None:
         shutil.copytree(copy, path / "catalog")
         try:
             with cowstore.open(path, readonly=True) as store:
-                audit(store, accounts=False)
+                audit(store, erased=False)
         except FormatError:  # something was erased since it was made
             refused += 1
         shutil.rmtree(path / "catalog")
@@ -173,8 +181,14 @@ def difference(device: Device, moment: Moment) -> str:
     return f"lacks blocks {sorted(left)}" if left else ""
 
 
-def audit(store: cowstore.Store, *, collected: bool = False, accounts: bool = True) -> None:
-    """The trees, the states of the slots, and the accounts of the catalog."""
+def audit(store: cowstore.Store, *, collected: bool = False, erased: bool = True) -> None:
+    """The trees, the states of the slots, and the accounts of the catalog.
+
+    Args:
+        store: The store.
+        collected: Whether nothing dead may be left.
+        erased: Whether free slots must be blank. Otherwise they are looked at when they are reserved.
+    """
     segments = store._engine.segments
     with store._environment.read() as pin:
         pin.verify()
@@ -194,7 +208,7 @@ def audit(store: cowstore.Store, *, collected: bool = False, accounts: bool = Tr
             if collected:
                 _demand((states == USED) == reached, f"{where}: used slots are not reached after a collection")
                 _demand(states != DOOMED, f"{where}: doomed slots are left after a collection")
-            if accounts and (collected or not (states == DOOMED).any()):
+            if erased and (collected or not (states == DOOMED).any()):
                 _demand(~_written(store, number)[states == FREE], f"{where}: free slots are not erased")
         if reserved:
             raise BrokenPromiseError(f"leases hold slots of unknown segments {sorted(reserved)}")

@@ -123,7 +123,7 @@ class Fault:
 
     Attributes:
         kinds: Of `write`, `sync`, `allocate`, `punch`, `create`, `rename`,
-            `directory sync`, `commit`.
+            `directory sync`, `commit`, `committed`, which fails although it was done.
         nth: Counted from 1.
         code: The error number.
         lasting: Whether it fails for ever after, until mend().
@@ -419,6 +419,10 @@ def recorded(recorder: Recorder) -> Iterator[RecordingDisk]:
             raise lmdb.Error(os.strerror(code or 0)) from error
         commit(writer)
         recorder.committed(catalog)
+        try:
+            recorder.check("committed", catalog)
+        except OSError as error:
+            raise lmdb.Error(os.strerror(error.errno or 0)) from error
 
     def noting_length(environment: Environment, put_bytes: int) -> None:
         data = environment.path / "data.mdb"

@@ -28,7 +28,7 @@ from .model import BLOCK
 from .recording import Fault, Recorder, RecordingFile, recorded, replaced
 
 Step = Callable[[Driver], object]
-KINDS = ("write", "sync", "create", "rename", "directory sync", "allocate", "punch", "commit")
+KINDS = ("write", "sync", "create", "rename", "directory sync", "allocate", "punch", "commit", "committed")
 FLUSHING = ("write", "sync")  # kinds that fail before a flush's transaction, so that it certainly did nothing
 SAMPLES = 10_000 if DEEP else 9  # places at which each kind of call fails
 

@@ -190,10 +190,10 @@ BUGS: dict[Callable[[], list[Change]], Workload] = {
 def test_planted_bug_is_found(arena, bug):
     """By a broken promise after a crash, or while the workload still runs."""
     with replaced(*bug()), pytest.raises((BrokenPromiseError, AssertionError, StoreError)) as caught:
-        hunt(arena, BUGS[bug], 5, points=1000, manners_each=3)
+        hunt(arena, BUGS[bug], 5, points=60, manners_each=2)
     print(caught.value)
 
 
 @pytest.mark.parametrize("workload", [beginning, erasing])
 def test_nothing_is_found_without_them(arena, workload):
-    assert hunt(arena, workload, 5, points=20, manners_each=3) == 60
+    assert hunt(arena, workload, 5, points=20, manners_each=2) == 40

@@ -127,6 +127,7 @@ class Manner:
         tear: How likely a change that is not kept whole is torn; else it is dropped.
         names: How likely a change of a name is kept.
         index: What becomes of the index: `gone`, `kept`, `later` or `scrambled`.
+        garbage: Whether pages of a file that were never synced, and are not kept, hold anything at all.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Manner:
     tear: float = 0.0
     names: float = 1.0
     index: str = "kept"
+    garbage: bool = False
 
 
 MANNERS = (
@@ -146,6 +148,7 @@ MANNERS = (
     Manner("half is kept", keep=0.5, tear=0.3, names=0.5, index="scrambled"),
     Manner("most is kept", keep=0.85, tear=0.5, names=0.8, index="later"),
     Manner("little is kept", keep=0.15, tear=0.2, names=0.5, index="kept"),
+    Manner("garbage is where little is kept", keep=0.3, tear=0.3, names=0.7, index="gone", garbage=True),
 )
 
 
@@ -215,6 +218,8 @@ class History:
         if not file.open:
             return file.durable
         content = file.durable.copy()
+        if manner.garbage:
+            _litter(content, [change for _, change in file.open], rng)
         for _, change in file.open:
             if rng.random() < manner.keep:
                 content.apply(change)
@@ -252,6 +257,15 @@ def _rename(names: dict[str, int], naming: Naming) -> None:
         case Renamed(_, old, name, node):
             names.pop(old, None)
             names[name] = node
+
+
+def _litter(content: Content, changes: Sequence[Change], rng: random.Random) -> None:
+    """Fills pages that were given space, but never synced: some file systems show what was there before."""
+    for change in changes:
+        if isinstance(change, Written):
+            for page in range(change.offset // PAGE, -(-(change.offset + len(change.data)) // PAGE)):
+                if page not in content.pages and rng.random() < 0.5:
+                    content.write(page * PAGE, rng.randbytes(PAGE))
 
 
 def _tear(content: Content, change: Written, rng: random.Random) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ import cowstore.draft
 import cowstore.imports
 import cowstore.sources
 import cowstore.tree
+from tests.properties import shapes
 from tests.properties.model import BLOCK, Content, Thing
 from tests.properties.neighbour import HASHES, Neighbour
 
@@ -85,6 +87,7 @@ class World(RuleBasedStateMachine):
         self.handles: dict[str, cowstore.Clone] = {}
         self.readers: list[tuple[Thing, cowstore.Device, Content]] = []
         self.written: set[str] = set()  # since the last flush
+        self.steps = 0
         self.neighbour_is_in, self.away = False, ""
         self.limits = ExitStack()
         self.limits.enter_context(mock.patch.object(cowstore.collector, "_PATIENCE", 0.02))
@@ -92,10 +95,19 @@ class World(RuleBasedStateMachine):
     def opened(self, *, create: bool = False, path: Path | None = None) -> cowstore.Store:
         return cowstore.open(path or self.path, create=create, _hash=HASHES[self.function])
 
-    @initialize(tight=st.booleans())
-    def choose_limits(self, tight):
+    @initialize(data=st.data(), tight=st.booleans(), size=shapes.sizes)
+    def start(self, data, tight, size):
+        """Chooses the limits, and makes an image with a clone, and a blank clone that is open."""
         for (module, name), value in TIGHT.items() if tight else ():
             self.limits.enter_context(mock.patch.object(module, name, value))
+        content = Content(data.draw(shapes.small_sizes))
+        length, offset = data.draw(shapes.places(content.size))
+        content.write(data.draw(shapes.fillings(length, offset)), offset)
+        self.store.import_image(io.BytesIO(content.whole()), NAMES[0])
+        self.add(image := Thing(NAMES[0], True, Content(), content))
+        self.store.clone_many(NAMES[0], [NAMES[1]])
+        self.add(image.child(NAMES[1]), blank := Thing(NAMES[2], False, Content(size), Content(size)))
+        self.hold(blank, self.store.create(NAMES[2], size))
 
     def teardown(self):
         try:
@@ -133,14 +145,16 @@ class World(RuleBasedStateMachine):
         return self.things[data.draw(st.sampled_from(found))]
 
     def is_(self, what: str, thing: Thing) -> bool:
-        """Whether a thing is open here, closed (and nobody else has it), or a clone."""
-        if what == "clone":
+        """Whether a thing is a clone, idle (and nobody has it open), or usable: idle, or open here."""
+        if what == "clone" or thing.image:
             return not thing.image
-        idle = not thing.image and not thing.is_open and thing.name != self.away
-        return thing.name in self.handles if what == "open" else idle
+        return (what == "usable" and thing.is_open) or not self.is_used(thing)
 
     def any_open(self, data: st.DataObject) -> tuple[Thing, cowstore.Clone]:
-        thing = self.any_thing(data, "open")
+        """A clone that is open here; sometimes, or if there is none, one is opened."""
+        thing = self.any_thing(data, "usable")
+        if not thing.is_open:
+            self.hold(thing, self.store.device(thing.name))
         return thing, self.handles[thing.name]
 
     def is_used(self, thing: Thing) -> bool:
@@ -186,6 +200,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_listed(self):
+        self.steps += 1
         listed = {info.name: info for info in self.store.devices()}
         assert list(listed) == sorted(self.things)
         for name, thing in self.things.items():
@@ -201,8 +216,10 @@ class World(RuleBasedStateMachine):
 
 # When a rule can be used.
 
+
 some = precondition(lambda self: self.things)
 room = precondition(lambda self: len(self.things) < len(NAMES))
-holding = precondition(lambda self: self.handles)
 clones = precondition(lambda self: any(self.is_("clone", thing) for thing in self.things.values()))
-closed = precondition(lambda self: any(self.is_("closed", thing) for thing in self.things.values()))
+idle = precondition(lambda self: any(self.is_("idle", thing) for thing in self.things.values()))
+usable = precondition(lambda self: any(self.is_("usable", thing) for thing in self.things.values()))
+seldom = precondition(lambda self: self.steps % 3 == 0)  # what looks at the store as a whole takes long
