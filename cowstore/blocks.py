@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Protocol
 
@@ -20,6 +22,7 @@ import numpy.typing as npt
 from . import slots
 from .digest import BLOCK_SIZE, DIGEST_SIZE, ZERO_BLOCK, Buffer, Hasher
 from .environment import Environment, Snapshot
+from .errors import CorruptError
 from .layout import DATA, EPHEMERAL_DATA, SLOT_BITS, USED, Run
 from .reservations import Reservations
 from .segments import Segments
@@ -180,10 +183,19 @@ class Interner:
         found = bytearray(len(ids) * DIGEST_SIZE)
         if len(ids):
             for position, first, count in slots.split_at_holes(ids):
-                if self._segments.get(first >> SLOT_BITS).kind == DATA:
-                    start = position * DIGEST_SIZE
-                    found[start : start + count * DIGEST_SIZE] = self._segments.digests(first, count)
+                with self._forgiven(first):
+                    if self._segments.get(first >> SLOT_BITS).kind == DATA:
+                        digests = self._segments.digests(first, count)
+                        found[position * DIGEST_SIZE : position * DIGEST_SIZE + len(digests)] = digests
         return _as_words(found)
+
+    @contextmanager
+    def _forgiven(self, block_id: int) -> Iterator[None]:
+        """A block that cannot be read is damage elsewhere, and no reason not to store this one anew."""
+        try:
+            yield
+        except (OSError, CorruptError) as error:
+            _log.error("block %#x cannot be compared, and is not used again: %s", block_id, error)
 
     def _equal(self, words: Words, rows: Positions, ids: Ids) -> slots.Mask:
         """For each row of words whether the slot named by its id holds the same bytes; false for id 0."""
@@ -198,8 +210,10 @@ class Interner:
         count = len(rows)
         for position, first, length in slots.split_at_holes(ids):
             target = _scratch.view[position * BLOCK_SIZE : (position + length) * BLOCK_SIZE]
-            done = self._segments.read_raw(first, target)
-            target[done:] = bytes(len(target) - done)  # where a segment is cut off
+            done = 0
+            with self._forgiven(first):
+                done = self._segments.read_raw(first, target)
+            target[done:] = bytes(len(target) - done)  # zeros are no block that anybody looks for
         if int(rows[-1]) - int(rows[0]) + 1 == count:
             wanted = words[int(rows[0]) : int(rows[0]) + count]
         else:
@@ -239,7 +253,7 @@ class Interner:
         try:
             self._segments.write(run[0], buffers, digests)
         except BaseException:
-            self._reservations.abandon([run])
+            self._reservations.doom_later([run])
             raise
         self.written.append(run)
 
@@ -274,7 +288,8 @@ class Interner:
 
     def _holds(self, block_id: int, digest: bytes, block: memoryview) -> bool:
         stored = bytearray(BLOCK_SIZE)
-        self._segments.read_raw(block_id, memoryview(stored))
+        with self._forgiven(block_id):
+            self._segments.read_raw(block_id, memoryview(stored))
         if stored == block:
             return True
         if self._segments.digests(block_id, 1) == digest and self._hasher.digest(stored) != digest:
@@ -308,7 +323,7 @@ class Interner:
 
     def close(self) -> None:
         """Ends it; what was written and not published is given up."""
-        self._reservations.abandon(self.written)
+        self._reservations.doom_later(self.written)
         self.renew()
 
 

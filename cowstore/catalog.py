@@ -16,7 +16,7 @@ from . import layout
 from .environment import DEVICES, LEASES, NAMES, SEGMENTS, Snapshot, Writer
 from .errors import CatalogCorruptError, ExistsError, InvalidError, NotFoundError
 from .files import boot_id
-from .layout import CLONE, DELETED, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, LeaseRecord, Root, Run, number_key
+from .layout import CLONE, DELETED, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, LeaseRecord, Root, number_key
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
 KINDS: dict[int, Literal["image", "clone"]] = {IMAGE: "image", CLONE: "clone"}
@@ -300,35 +300,6 @@ def segments(snapshot: Snapshot) -> dict[int, tuple[int, int]]:
 def save_segment(writer: Writer, number: int, kind: int, free: int) -> None:
     """Writes the record of a segment."""
     writer.put(SEGMENTS, number_key(number), layout.encode_segment_record(kind, free))
-
-
-def merge_runs(runs: list[Run]) -> tuple[Run, ...]:
-    """Runs of slots in order, neighbours within a segment joined."""
-    merged: list[Run] = []
-    for first, count in sorted(runs):
-        if merged and sum(merged[-1]) == first and first & layout.SLOT_MASK:
-            merged[-1] = (merged[-1][0], merged[-1][1] + count)
-        else:
-            merged.append((first, count))
-    return tuple(merged)
-
-
-def subtract_runs(runs: tuple[Run, ...], taken: tuple[Run, ...]) -> tuple[Run, ...]:
-    """What is left of some runs when others, all within them, are taken out."""
-    left: list[Run] = []
-    out = sorted(taken)
-    position = 0
-    for first, count in sorted(runs):
-        end = first + count
-        while position < len(out) and out[position][0] < end:
-            start, length = out[position]
-            if start > first:
-                left.append((first, start - first))
-            first = start + length
-            position += 1
-        if first < end:
-            left.append((first, end - first))
-    return tuple(left)
 
 
 def move(writer: Writer, current: DeviceRecord, flushed: DeviceRecord) -> DeviceRecord:

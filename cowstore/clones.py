@@ -52,6 +52,7 @@ class Clone(Device):
         self._lineage = lineage
         self._dirty: dict[int, bytes] = {}
         self._flushing = threading.Lock()
+        self._ending = False
         self._broken: PoisonedError | None = None
 
     # Writing.
@@ -110,8 +111,8 @@ class Clone(Device):
             yield
             if len(self._dirty) > _DIRTY_LIMIT:
                 self._stage()
-                if self._publisher.draft.is_large():
-                    self._publisher.emit()
+            if self._publisher.draft.is_large():
+                self._publisher.emit()
 
     def _check_sound(self) -> None:
         self._segments.check_writable()
@@ -136,7 +137,7 @@ class Clone(Device):
         """Makes holes of whole blocks."""
         if first >= end:
             return
-        self._publisher.draft.clear(first, end)
+        self._publisher.draft.clear(first, end)  # before the blocks go: see Device.pread
         inside = range(first, end)
         for number in [n for n in self._dirty if n in inside] if len(self._dirty) < len(inside) else inside:
             self._dirty.pop(number, None)
@@ -145,7 +146,7 @@ class Clone(Device):
         """Moves unflushed blocks from memory to slots."""
         if self._dirty:
             self._publisher.stage_scattered(self._dirty)
-            self._dirty.clear()
+            self._dirty.clear()  # after the leaves name them: see Device.pread
 
     # Flushing.
 
@@ -155,9 +156,11 @@ class Clone(Device):
         Raises:
             PoisonedError: A sync failed; nothing more can be written until the store is opened anew.
             NoSpaceError: The disk is full. Nothing is lost: free some space and flush again.
+            ClosedError: The clone is closed, and its unflushed writes are gone.
         """
-        if self._release is None:
-            return
+        if self._ending:
+            return  # io.IOBase.close() flushes once more
+        self._check_open()
         with self._flushing:
             try:
                 self._publisher.flush(self._lock, self._before_flush)
@@ -240,9 +243,10 @@ class Clone(Device):
             return size
 
     def close(self) -> None:
-        """Flushes and gives the clone back; harmless when done twice."""
+        """Flushes and gives the clone back, also where the flush fails; harmless when done twice."""
         try:
-            self.flush()
+            if self._release is not None:
+                self.flush()
         finally:
             self.discard()
 
@@ -258,7 +262,11 @@ class Clone(Device):
                     self._publisher.close()
                 finally:
                     release()
-        super().close()
+        self._ending = True
+        try:
+            super().close()
+        finally:
+            self._ending = False
 
     def abandon(self) -> None:
         """In a child made by os.fork(): nothing may be used or released, the parent owns it."""

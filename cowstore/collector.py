@@ -44,6 +44,7 @@ Progress = Callable[[str, int, int], None]
 Mask = npt.NDArray[np.bool_]
 _PATIENCE = 5.0  # seconds to wait for old pins
 _KEEP_RUN = 16  # slots: shorter runs keep their space on the disk, punching costs more than it gives
+_BREATH = 0.006  # seconds between two of them: longer than anybody who waits for the write lock pauses
 _SLICE = 0.02  # seconds that one transaction may take before the next one begins
 
 
@@ -170,6 +171,7 @@ class Collector:
                 writer.state.dooms += 1
                 known = writer.state.revision + 1
             self._progress("doom", doomed, 0)
+            time.sleep(_BREATH)
         return doomed
 
     def _catch_up(self, known: int) -> int:
@@ -238,6 +240,7 @@ class Collector:
                 while pieces and time.monotonic() - begun < _SLICE:
                     number, chunk, mask = pieces.pop()
                     freed += slots.change_masked(writer, number, chunk, mask, DOOMED, FREE)
+            time.sleep(_BREATH)
         return freed
 
     def _rebuild_index(self) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from . import catalog, slots
 from .environment import Environment, Writer
 from .errors import StoreError
-from .layout import HIDDEN, RESERVED, USED, DeviceRecord, Run
+from .layout import HIDDEN, RESERVED, SLOT_BITS, USED, DeviceRecord, Run
 from .reservations import Reservations
 from .segments import Segments
 
@@ -34,7 +34,7 @@ class StaleHits(Exception):  # noqa: N818 - no failure: the flush stores those b
         self.ids = ids
 
 
-@dataclass
+@dataclass(eq=False)
 class Flush:
     """What one flush wants to publish.
 
@@ -76,26 +76,42 @@ class Committer:
             PoisonedError: A sync failed. Nothing of it is published, now or later.
             StoreError: The device's record is not what the flush was built upon.
         """
-        with self._queue_lock:
-            self._queue.append(flush)
-        with self._turn:
-            if not flush.done:
-                with self._queue_lock:
-                    group, self._queue = self._queue, []
-                self._commit_group(group)
+        try:
+            with self._queue_lock:
+                self._queue.append(flush)
+            with self._turn:
+                if not flush.done:
+                    with self._queue_lock:
+                        group, self._queue = self._queue, []
+                    self._commit_group(group)
+        except BaseException:
+            self._leave(flush)
+            raise
         if flush.error is not None:
             raise flush.error
         return flush.after
 
+    def _leave(self, flush: Flush) -> None:
+        """After an interrupt: nobody takes the flush along any more, or whoever has taken it is done with it."""
+        with self._queue_lock:
+            if flush in self._queue:
+                self._queue.remove(flush)
+        with self._turn:
+            pass
+
     def _commit_group(self, group: list[Flush]) -> None:
         try:
             durable = [run for flush in group if flush.durable for run in flush.written]
-            self._segments.sync(sorted({first >> 18 for first, _ in durable}))
+            self._segments.sync(sorted({first >> SLOT_BITS for first, _ in durable}))
             with self._environment.write() as writer:
                 self._publish(writer, group)
-        except BaseException as error:  # noqa: BLE001 - handed to every caller, each raises it
+        except Exception as error:  # noqa: BLE001 - handed to every caller, each raises it
             for flush in group:
                 flush.error = flush.error or error
+        except BaseException:
+            for flush in group:
+                flush.error = flush.error or StoreError("the flush was interrupted", hint="flush again")
+            raise
         finally:
             for flush in group:
                 flush.done = True

@@ -9,7 +9,7 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, SupportsIndex
@@ -20,7 +20,7 @@ from . import tree
 from .catalog import DeviceInfo
 from .digest import BLOCK_SIZE, DIGEST_SIZE
 from .environment import Environment
-from .errors import BlockCorruptError, ClosedError, InvalidError, RangeError, ReadOnlyError
+from .errors import BlockCorruptError, ClosedError, CorruptError, InvalidError, RangeError, ReadOnlyError
 from .layout import FANOUT, FANOUT_BITS, SLOTS_OFFSET, Root
 from .segments import Segments
 from .tree import Ids, TreeView
@@ -186,7 +186,7 @@ class Device(io.RawIOBase):
             yield
         except BlockCorruptError as error:
             offset = first * BLOCK_SIZE
-            if count > 1:
+            with suppress(CorruptError):  # of a node: the range must do
                 where = np.flatnonzero(self._tree.ids(first, count) == np.uint64(error.block_id))
                 offset += int(where[0]) * BLOCK_SIZE if len(where) else 0
             raise BlockCorruptError(

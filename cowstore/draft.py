@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from . import layout
-from .catalog import merge_runs
 from .digest import BLOCK_SIZE, Buffer, Hasher
 from .layout import EPHEMERAL_MAP, FANOUT, FANOUT_BITS, HOLE, MAP, Commit, DeviceRecord, Root, Run
 from .reservations import Reservations
+from .runs import merge_runs
 from .segments import Node, Segments
 from .tree import FANOUT_MASK, Ids, Key, TreeView, ids_of
 
@@ -218,7 +218,7 @@ class Draft(TreeView):
                 if used:
                     self._segments.write(first, blocks[done : done + used], b"".join(digests[done : done + used]))
             except BaseException:
-                reservations.abandon(runs[position:])
+                reservations.doom_later(runs[position:])
                 raise
             if used:
                 self.written.append((first, used))

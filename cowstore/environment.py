@@ -280,7 +280,7 @@ class WriteGate:
                     hint="that process may be stopped; continue or end it",
                 )
             time.sleep(pause)
-            pause = min(pause * 2, 0.02)
+            pause = min(pause * 2, 0.005)
         self._file.sign()
         return self._file
 

@@ -107,7 +107,10 @@ class Leases:
         except FileNotFoundError:
             return False
         try:
-            return not file.try_lock(exclusive=True)
+            free = file.try_lock(exclusive=True)
+            if free:
+                file.unlock()
+            return not free
         finally:
             file.close()
 
@@ -138,6 +141,9 @@ def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
                 raise InUseError(what, file.holder(), hint="wait until it is done there")
             time.sleep(0.01)
         file.sign()
-        yield
+        try:
+            yield
+        finally:
+            file.unlock()  # a child forked meanwhile has the file open too
     finally:
         file.close()

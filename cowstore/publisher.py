@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from . import tree
+from . import catalog, tree
 from .blocks import Interner
 from .committer import Flush, StaleHits
 from .digest import BLOCK_SIZE, Hasher
@@ -127,7 +127,27 @@ class Publisher:
         )  # fmt: skip
 
     def _commit(self, flush: Flush) -> None:
-        self.record = self._workshop.committer.commit(flush)
+        try:
+            self.record = self._workshop.committer.commit(flush)
+        except StaleHits:
+            raise
+        except BaseException:
+            # An interrupt does not tell whether the transaction was done; the catalog does.
+            if self._is_published(flush):
+                self._go_on_from(flush.after)
+            raise
+        self._go_on_from(self.record)
+
+    def _is_published(self, flush: Flush) -> bool:
+        try:
+            with self._workshop.environment.read() as snapshot:
+                current = catalog.by_number(snapshot, flush.before.number)
+        except StoreError:
+            return False
+        return current is not None and current.sequence == flush.after.sequence
+
+    def _go_on_from(self, record: DeviceRecord) -> None:
+        self.record = record
         published, self._pending, self._unpublished = self._pending, [], []
         for interner in published:
             interner.publish()
@@ -155,5 +175,5 @@ class Publisher:
         """Gives up what is not published."""
         for interner in [*self._pending, self._interner]:
             interner.close()
-        self._workshop.reservations.abandon([*self._unpublished, *self.draft.written])
+        self._workshop.reservations.doom_later([*self._unpublished, *self.draft.written])
         self._pending, self._unpublished, self.draft.written = [], [], []

@@ -20,6 +20,7 @@ from .errors import NoSpaceError
 from .files import boot_id
 from .layout import DOOMED, FREE, RESERVED, SLOTS_PER_SEGMENT, USED, LeaseRecord, Run
 from .leases import Lease, Leases
+from .runs import intersect_runs, merge_runs, subtract_runs
 from .segments import Segments
 
 _FIRST_REFILL = 256  # slots: 1 MiB
@@ -36,13 +37,13 @@ class Reservations:
         self._segments = segments
         self._leases = leases
         self._lock = threading.Lock()  # held while waiting for the catalog's write lock, never taken inside it
-        self._abandoned_lock = threading.Lock()
+        self._doomed_later_lock = threading.Lock()
         self._lease: Lease | None = None
         self._number = 0
         self._ready: dict[int, deque[Run]] = defaultdict(deque)
         self._refill: dict[int, int] = {}
         self._barren: dict[tuple[int, int], int] = {}
-        self._abandoned: list[Run] = []
+        self._doomed_later: list[Run] = []
         self._sequence, self._sequence_end = 0, 0
 
     @property
@@ -88,10 +89,10 @@ class Reservations:
         with self._lock:
             self._ready[kind].extendleft(reversed(runs))
 
-    def abandon(self, runs: list[Run]) -> None:
+    def doom_later(self, runs: list[Run]) -> None:
         """Slots that were written and will not be published; they are doomed at the next occasion."""
-        with self._abandoned_lock:
-            self._abandoned.extend(runs)
+        with self._doomed_later_lock:
+            self._doomed_later.extend(runs)
 
     def _reserve(self, kind: int, missing: int) -> None:
         size = self._refill.get(kind, _FIRST_REFILL)
@@ -119,7 +120,7 @@ class Reservations:
                 want -= sum(count for _, count in part)
             slots.change(writer, runs, FREE, RESERVED)
             record = catalog.lease(writer, lease)
-            catalog.save_lease(writer, replace(record, runs=catalog.merge_runs([*record.runs, *runs])))
+            catalog.save_lease(writer, replace(record, runs=merge_runs([*record.runs, *runs])))
         return runs
 
     def _search(self, kind: int, want: int, shortest: int) -> list[int]:
@@ -161,8 +162,8 @@ class Reservations:
             if digests[position * DIGEST_SIZE : (position + 1) * DIGEST_SIZE] == UNWRITTEN:
                 clean.append(slot)
             else:
-                self.abandon([slot])
-        return list(catalog.merge_runs(clean))
+                self.doom_later([slot])
+        return list(merge_runs(clean))
 
     def sequence(self, after: int) -> int:
         """A sequence number for a commit: never used before, and higher than the given one."""
@@ -178,19 +179,21 @@ class Reservations:
 
     def publish(self, writer: Writer, runs: list[Run]) -> None:
         """Makes written slots used, within the transaction that makes them reachable."""
-        merged = catalog.merge_runs(runs)
+        merged = merge_runs(runs)
         slots.change(writer, merged, RESERVED, USED)
         record = catalog.lease(writer, self._number)
-        with self._abandoned_lock:
-            doomed, self._abandoned = catalog.merge_runs(self._abandoned), []
-        writer.on_failure(lambda: self.abandon(list(doomed)))
+        with self._doomed_later_lock:
+            given_up, self._doomed_later = self._doomed_later, []
+        writer.on_failure(lambda: self.doom_later(given_up))
+        # The record is the truth: an interrupted flush may have been published all the same, and then given up.
+        doomed = intersect_runs(subtract_runs(record.runs, merged), given_up)
         self._doom(writer, doomed)
-        left = catalog.subtract_runs(catalog.subtract_runs(record.runs, merged), doomed)
+        left = subtract_runs(subtract_runs(record.runs, merged), doomed)
         catalog.save_lease(writer, replace(record, runs=left))
 
-    def doom_abandoned(self) -> None:
+    def doom_now(self) -> None:
         """Dooms what was given up now, rather than with the next commit."""
-        if self._abandoned:
+        if self._doomed_later:
             with self._environment.write() as writer:
                 self.publish(writer, [])
 
@@ -214,11 +217,11 @@ class Reservations:
                 lease.close()
 
     def _return_all(self) -> None:
-        unwritten = catalog.merge_runs([run for ready in self._ready.values() for run in ready])
+        unwritten = merge_runs([run for ready in self._ready.values() for run in ready])
         with self._environment.write() as writer:
             record = catalog.lease(writer, self._number)
             slots.change(writer, unwritten, RESERVED, FREE)
-            self._doom(writer, catalog.subtract_runs(record.runs, unwritten))
+            self._doom(writer, subtract_runs(record.runs, unwritten))
             if any(device.owner == self._number for device in catalog.devices(writer)):
                 catalog.save_lease(writer, replace(record, runs=()))
                 return  # hidden devices are left: the collector removes them with the lease

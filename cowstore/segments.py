@@ -231,7 +231,10 @@ class Segments:
 
     def _read_verified(self, segment: Segment, slot: int, buffer: memoryview) -> None:
         count = len(buffer) // BLOCK_SIZE
-        done = segment.file.read_into(buffer, SLOTS_OFFSET + slot * BLOCK_SIZE)
+        try:
+            done = segment.file.read_into(buffer, SLOTS_OFFSET + slot * BLOCK_SIZE)
+        except OSError as error:
+            raise BlockCorruptError((segment.number << SLOT_BITS) + slot, f"it cannot be read: {error}") from error
         if done != len(buffer):
             raise SegmentCorruptError(str(segment.file.path), "it is cut off")
         stored = segment.file.read_at(count * DIGEST_SIZE, DIGESTS_OFFSET + slot * DIGEST_SIZE)

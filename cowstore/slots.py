@@ -184,11 +184,6 @@ def array_runs(mask: Mask) -> list[Run]:
     return [(int(start), int(end - start)) for start, end in edges.reshape(-1, 2)]
 
 
-def id_runs(ids: Iterable[int]) -> tuple[Run, ...]:
-    """Block ids in any order, as sorted runs within segments."""
-    return catalog.merge_runs([(block_id, 1) for block_id in ids])
-
-
 def split_at_holes(ids: Ids) -> list[tuple[int, int, int]]:
     """Cuts a list of ids where it stops running in sequence.
 

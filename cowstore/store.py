@@ -332,7 +332,7 @@ class Store:
         def run() -> Collection:
             self._moments.sweep()
             self._lineage.drop_unwanted()
-            engine.reservations.doom_abandoned()
+            engine.reservations.doom_now()
             return collector.run(self.path / "leases" / "collector", dry_run=dry_run)
 
         collection = self._despite_full_disk(run)

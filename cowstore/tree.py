@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from .digest import BLOCK_SIZE
+from .digest import BLOCK_SIZE, UNWRITTEN
+from .errors import BlockCorruptError
 from .layout import FANOUT, FANOUT_BITS, HOLE, Root
 from .segments import Node, Segments
 
@@ -177,7 +178,9 @@ def changed_blocks(segments: Segments, old: Ids, new: Ids) -> Iterator[tuple[int
     """
     for slot in np.flatnonzero(old != new).tolist():
         before, after = int(old[slot]), int(new[slot])
-        digest = segments.digests(after, 1) if after else bytes(16)
+        digest = segments.digests(after, 1) if after else UNWRITTEN
+        if after and digest == UNWRITTEN:
+            raise BlockCorruptError(after, "it was erased")
         same = before and after and segments.digests(before, 1) == digest
         if not same or segments.block(before) != segments.block(after):
             yield slot, digest

@@ -13,17 +13,21 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 import cowstore
 from cowstore.environment import LEASES
 
 from .checking import check_world, compare
 from .driver import Driver
-from .hunting import STORE, Recording, hunt, record, run, seeds
+from .hunting import SECONDS, STORE, Recording, hunt, record, run, seeds
 from .model import BLOCK, Book, Shelf
 from .recording import Recorder, recorded
 from .surroundings import LAST_BOOT, LATER_BOOT, booted, small
 from .workloads import story, walk
 from .worlds import MANNERS, History
+
+pytestmark = pytest.mark.timeout(900 + SECONDS)
 
 
 def test_story(arena):
@@ -181,3 +185,20 @@ def test_names_and_content_of_a_world(arena):
         assert found["debian"] is None
         with cowstore.open(world / "copy", readonly=True) as backup:
             assert "golden" in [info.name for info in backup.devices()]
+
+
+def test_index_of_a_world_is_one_that_is_used(arena):
+    """The harness itself: what it keeps or scrambles is not thrown away unread."""
+    recording = record(arena / "live", story, 2)
+    end = len(recording.recorder.log)
+    history = History(recording.recorder.log, recording.recorder.hints)
+    history.advance(end)
+    entries = {}
+    for manner in MANNERS:
+        world = arena / str(MANNERS.index(manner))
+        history.make(world, manner, random.Random(0))
+        with booted(LATER_BOOT), cowstore.open(world / STORE) as store:
+            entries[manner.index] = len(store._engine.index)
+    assert entries.pop("gone") == 0
+    assert len(entries) == 3
+    assert min(entries.values()) > 20

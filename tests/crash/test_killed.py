@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import cowstore
 from cowstore.clones import Clone
 
@@ -17,8 +19,10 @@ from .hunting import DEEP, SECONDS
 from .victim import CLONES, content
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = 5
+ROUNDS = 4
 SIDES = 2  # processes at a time
+
+pytestmark = pytest.mark.timeout(900 + SECONDS)
 
 
 class Victim:
