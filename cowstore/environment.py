@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,9 +19,10 @@ from typing import Any, ClassVar
 
 import lmdb
 
-from . import layout
+from . import layout, vetting
 from .errors import CatalogCorruptError, ClosedError, InUseError, NoSpaceError, PoisonedError, ReadOnlyError
 from .files import Disk, File
+from .gate import WriteGate
 from .layout import State
 
 STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES = TABLES = (
@@ -31,56 +30,9 @@ STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES = TABLES = (
 )  # fmt: skip
 _STATE_KEY = b"state"
 _MAP_SIZE = 1 << 40  # bytes; only address space, and never grown while open
-_MAX_READERS = 4096
-_READER_SIZE = 64  # bytes of an entry in LMDB's table of readers
-_LOCK_TIMEOUT = 30.0  # seconds
-_META = struct.Struct("<16x II QQ 16x32x 48x QQ")
-_META_MAGIC = 0xBEEFC0DE
 _FULL = 1 << 20  # bytes; a disk with less room is called full
 
 Transaction = Any  # lmdb.Transaction is generic in its stubs only
-
-
-def vet(path: Path) -> None:
-    """Checks LMDB's two meta pages and the file's length before LMDB trusts them.
-
-    LMDB falls back to the older meta page without a word, and maps a file that is too short.
-
-    Raises:
-        CatalogCorruptError: One of them is not as LMDB leaves it.
-    """
-    reason = ""
-    for _ in range(5):  # a commit between the two reads looks like damage once
-        reason = _meta_fault(path / "data.mdb")
-        if not reason:
-            return
-        time.sleep(0.01)
-    raise CatalogCorruptError(str(path), reason)
-
-
-def _meta_fault(file: Path) -> str:
-    try:
-        with open(file, "rb", buffering=0) as data:
-            first, second = data.read(152), os.pread(data.fileno(), 152, mmap_page())
-            size = os.fstat(data.fileno()).st_size
-    except FileNotFoundError:
-        return "data.mdb is missing"
-    if len(first) < 152 or len(second) < 152:
-        return "data.mdb is cut off"
-    metas = [_META.unpack(page) for page in (first, second)]
-    if any(magic != _META_MAGIC or version != 1 for magic, version, *_ in metas):
-        return "a meta page of data.mdb is damaged"
-    old, new = sorted(meta[-1] for meta in metas)
-    if new > 1 and (new - old != 1 or metas[new & 1][-1] != new):
-        return "the meta pages of data.mdb do not follow each other"
-    if size < (metas[new & 1][-2] + 1) * mmap_page():
-        return "data.mdb is shorter than its meta pages say"
-    return ""
-
-
-def mmap_page() -> int:
-    """LMDB's page size, which is the system's."""
-    return os.sysconf("SC_PAGESIZE")
 
 
 class Snapshot:
@@ -239,58 +191,6 @@ class Writer(Snapshot):
         self._state = State()
 
 
-class WriteGate:
-    """The lock before every write transaction: with a timeout, and it names its holder."""
-
-    def __init__(self, disk: Disk, path: Path, timeout: float = _LOCK_TIMEOUT) -> None:
-        self._disk = disk
-        self._path = path
-        self._timeout = timeout
-        self._mutex = threading.Lock()
-        self._file: File | None = None
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Waits for the lock, at most the timeout.
-
-        Raises:
-            InUseError: Somebody, perhaps a stopped process, has held it all the time.
-        """
-        deadline = time.monotonic() + self._timeout
-        if not self._mutex.acquire(timeout=self._timeout):
-            raise InUseError("the catalog's write lock", os.getpid())
-        try:
-            file = self._lock(deadline)
-            try:
-                yield
-            finally:
-                file.unlock()
-        finally:
-            self._mutex.release()
-
-    def _lock(self, deadline: float) -> File:
-        if self._file is None:
-            self._file = self._disk.open(self._path, write=True, create=True)
-        pause = 0.0005
-        while not self._file.try_lock(exclusive=True):
-            if time.monotonic() > deadline:
-                raise InUseError(
-                    "the catalog's write lock",
-                    self._file.holder(),
-                    hint="that process may be stopped; continue or end it",
-                )
-            time.sleep(pause)
-            pause = min(pause * 2, 0.005)
-        self._file.sign()
-        return self._file
-
-    def close(self) -> None:
-        """Closes the lock file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
 class Environment:
     """A process's handle on one catalog directory, shared by every store opened on it."""
 
@@ -308,18 +208,23 @@ class Environment:
         try:
             # No spare transaction: a child made by os.fork() could not let go of it without ending a pin of ours.
             self._env: Any = lmdb.open(
-                str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=_MAX_READERS, max_spare_txns=0, mode=0o600,
-                readonly=readonly, create=not readonly, lib_version=0,
+                str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=vetting.MAX_READERS, max_spare_txns=0,
+                mode=0o600, readonly=readonly, create=not readonly, lib_version=0,
             )  # fmt: skip
             self._tables = {name: self._env.open_db(name, create=not readonly) for name in TABLES}
         except lmdb.Error as error:
             raise self._translated(error) from error
 
     @classmethod
+    def forget_lock(cls) -> None:
+        """In a child made by os.fork(): a thread that is not here may have held it."""
+        cls._shared_lock = threading.Lock()
+
+    @classmethod
     def create(cls, path: Path, disk: Disk, gate_path: Path) -> None:
         """Makes an empty catalog, durably."""
         disk.make_directory(path)
-        _make_room_for_readers(path, disk)
+        vetting.make_room_for_readers(path, disk)
         environment = cls(path, WriteGate(disk, gate_path), readonly=False)
         try:
             with environment.write(fresh=True):
@@ -345,8 +250,8 @@ class Environment:
                 raise InUseError(
                     f"catalog {path}", os.getpid(), hint="this process has it open read-only; close that first"
                 )
-            vet(path)
-            _make_room_for_readers(path, disk)
+            vetting.vet(path)
+            vetting.make_room_for_readers(path, disk)
             environment = cls(path, WriteGate(disk, gate_path), readonly=readonly)
             try:
                 environment._check()
@@ -444,7 +349,7 @@ class Environment:
         LMDB leaves its last pages unwritten where nothing uses them, and a crash may follow any commit: so the
         length comes first, and LMDB's own sync takes it along. Bytes never written take no space.
         """
-        data, page = self.path / "data.mdb", mmap_page()
+        data, page = self.path / "data.mdb", vetting.page_size()
         needed = 2 * self._env.info()["last_pgno"] + put_bytes // 1024 + 64  # pages
         with suppress(OSError):
             if os.stat(data).st_size < needed * page:
@@ -506,17 +411,6 @@ class Environment:
             self._env.close()
 
 
-def _make_room_for_readers(path: Path, disk: Disk) -> None:
-    """Gives LMDB's table of readers its space: LMDB maps it, and a write to a page without any is a SIGBUS.
-
-    Called only where this process has not opened the environment: closing lock.mdb drops LMDB's locks on it.
-    """
-    try:
-        disk.allocate_mapped(path / "lock.mdb", _MAX_READERS * _READER_SIZE + mmap_page())
-    except OSError:
-        return  # read-only, or of a kind that cannot; LMDB says what it makes of it
-
-
 def _identity(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path / "data.mdb")
@@ -531,7 +425,7 @@ def verify_copy(path: Path, disk: Disk) -> None:
     Raises:
         CatalogCorruptError: It does not verify.
     """
-    vet(path)
+    vetting.vet(path)
     env: Any = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=16, readonly=True, lock=False, lib_version=0)
     try:
         copy = Environment.__new__(Environment)

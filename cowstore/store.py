@@ -69,7 +69,16 @@ class Store:
         self._lineage = Lineage(self._environment, self._leases)
         _stores.add(self)
         if not readonly:
+            self._purge()
+
+    def _purge(self) -> None:
+        try:
             self._lineage.purge()
+        except NoSpaceError:
+            return  # nobody sees them, and another opening removes them
+        except BaseException:
+            self._environment.close()
+            raise
 
     @property
     def _engine(self) -> Engine:
@@ -459,6 +468,7 @@ _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 def _abandon_stores() -> None:
+    Environment.forget_lock()
     for store in list(_stores):
         store._abandon()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,15 @@ class Session:
             raise click.UsageError("no store named: give --store PATH or set the variable COWSTORE")
         return self.store
 
+    def allow_many_files(self) -> None:
+        """Raise the limit of open files as far as it goes: every device at work has a lock file open."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
     def open(self) -> cowstore.Store:
         """Open the store for commands that change it."""
+        self.allow_many_files()
         return cowstore.open(self.path)
 
     def look(self) -> cowstore.Store:

@@ -17,7 +17,6 @@ import numpy as np
 
 import cowstore
 from cowstore import catalog, environment, layout, slots
-from cowstore.catalog import merge_runs
 from cowstore.clones import Clone
 from cowstore.collector import live_roots
 from cowstore.devices import Device
@@ -223,7 +222,7 @@ def _demand(good: object, what: str) -> None:
 def _lease_masks(pin: environment.Snapshot) -> dict[int, slots.Mask]:
     masks: dict[int, slots.Mask] = {}
     for lease in catalog.leases(pin):
-        for first, count in merge_runs(list(lease.runs)):
+        for first, count in lease.runs:
             number, slot = first >> layout.SLOT_BITS, first & layout.SLOT_MASK
             mask = masks.setdefault(number, np.zeros(layout.SLOTS_PER_SEGMENT, np.bool_))
             mask[slot : slot + count] = True

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import cowstore
-from cowstore.environment import WriteGate
 from cowstore.errors import NoSpaceError, PoisonedError, StoreError
 from cowstore.files import Disk
+from cowstore.gate import WriteGate
 from cowstore.segments import Segments
 
 from .checking import BrokenPromiseError, difference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -231,11 +232,16 @@ def test_what_is_written_behind_the_end_is_not_swallowed(store, unchanged):
 def test_a_store_opened_to_be_read_changes_nothing(store, unchanged, tmp_path):
     """Also where the same process has it open for writing: LMDB's handle is shared, the right to write is not."""
     with cowstore.open(store.path, readonly=True) as reader:
-        calls: dict[str, Callable[[], object]] = {
-            name: (lambda call=call: call("new")) for name, call in calls_with_a_new_name(reader).items()
-        } | {"delete": lambda: reader.delete("desk"), "collect": reader.collect, "reset": lambda: reader.reset("desk"),
-             "collect, dry": lambda: reader.collect(dry_run=True)}  # fmt: skip
-        for call in calls.values():
+        calls: list[Callable[[], object]] = [
+            partial(call, "new") for call in calls_with_a_new_name(reader).values()
+        ]
+        calls += [
+            partial(reader.delete, "desk"),
+            partial(reader.reset, "desk"),
+            partial(reader.collect, dry_run=True),
+        ]
+        calls.append(reader.collect)
+        for call in calls:
             with pytest.raises(ReadOnlyError, match="is read-only") as refused:
                 call()
             assert refused.value.hint
@@ -279,7 +285,7 @@ def test_a_closed_store_is_closed(store, unchanged, tmp_path):
     store.close()
     store.close()
     calls: list[Callable[[], object]] = [
-        *((lambda call=call: call("new")) for call in calls_with_a_new_name(store).values()),
+        *(partial(call, "new") for call in calls_with_a_new_name(store).values()),
         store.devices, store.lineage, store.stats, store.collect, store.own_bytes, store.usages,
         lambda: store.info("desk"), lambda: store.usage("desk"), lambda: store.exclusive("desk"),
         lambda: store.delete("desk"), lambda: store.device("desk"), lambda: store.device("desk", readonly=True),

@@ -210,7 +210,7 @@ def test_whatever_a_stream_or_a_callback_raises(store, disk, error):
 
 def test_text_is_not_a_disk(store):
     with pytest.raises((TypeError, SourceError)):
-        store.import_image(io.StringIO("text"), "image")  # type: ignore[arg-type]
+        store.import_image(io.StringIO("text"), "image")
     assert store.devices() == []
 
 
@@ -283,10 +283,11 @@ def test_export_does_not_replace_what_is_no_file(store, image, tmp_path):
 
 @pytest.mark.parametrize("parent", ["nowhere", "disk"])
 def test_export_and_backup_need_a_directory_to_write_in(store, image, tmp_path, parent):
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: store.export(image, tmp_path / parent / "out"),
-        lambda: store.backup(tmp_path / parent / "b"),
-    ):
+        lambda: store.backup(tmp_path / parent / "copy"),
+    ]
+    for call in calls:
         with pytest.raises(NotFoundError, match=f"no directory named '{tmp_path / parent}'") as refused:
             call()
         assert refused.value.hint

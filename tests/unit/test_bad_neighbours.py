@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import cowstore
-from cowstore import InUseError, environment
+from cowstore import InUseError
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -208,7 +208,6 @@ def test_one_collection_at_a_time_in_one_process(store):
 
 def test_a_stopped_process_that_holds_the_write_lock(store, monkeypatch):
     """LMDB would wait for ever."""
-    monkeypatch.setattr(environment, "_LOCK_TIMEOUT", 1.0)
     desk = store.device("desk")
     desk.pwrite(b"mine", 0)
     hold = "w = store._environment.write()\nw.__enter__()"

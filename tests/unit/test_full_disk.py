@@ -49,7 +49,7 @@ def full_disk(kind: str, tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"cannot mount {kind} here: {mounted.stderr.strip()}")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def run(play: Callable[[Path], None], place: Path) -> None:
@@ -93,6 +93,12 @@ def refused(call: Callable[[], object]) -> NoSpaceError:
     assert refused.value.hint
     assert refused.value.path in str(refused.value)
     return refused.value
+
+
+def opened(store: cowstore.Store, name: str) -> cowstore.Clone:
+    clone = store.device(name)
+    assert isinstance(clone, cowstore.Clone)
+    return clone
 
 
 def names(store: cowstore.Store) -> list[str]:
@@ -155,7 +161,7 @@ def play_write(place: Path) -> None:
         desk.flush()
         desk.pwrite(b"and on", 0)
         desk.close()
-    with cowstore.open(place / "s") as store, store.device("desk") as desk:
+    with cowstore.open(place / "s") as store, opened(store, "desk") as desk:
         assert desk.pread(6, 0) == b"and on"
         assert desk.pread(len(written), BLOCK) == written
         check_whole(store)
@@ -168,7 +174,7 @@ def play_full_to_the_last_byte(place: Path) -> None:
     store.import_image(io.BytesIO(kept), "kept")
     store.import_image(random_disk(16 * MIB), "old")
     store.clone("kept", "desk").close()
-    desk, image = store.device("desk"), store.device("kept")
+    desk, image = opened(store, "desk"), store.device("kept")
     desk.pwrite(b"unflushed", 0)
     fill(place)
     assert not list(place.glob("*tmp"))
@@ -204,7 +210,7 @@ def play_full_to_the_last_byte(place: Path) -> None:
         assert names(store) == ["desk", "kept"]
         store.collect()
         assert (place / "s" / "reserve").stat().st_blocks > 0  # the next full disk finds it again
-        with store.device("desk") as desk:
+        with opened(store, "desk") as desk:
             assert desk.pread(9, 0) == b"and onhed"
         check_whole(store)
     assert sorted(path.name for path in place.iterdir() if path.name != "lost+found") == ["s"]

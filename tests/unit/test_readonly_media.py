@@ -28,13 +28,13 @@ def frozen(tmp_path: Path) -> Iterator[Path]:
         with store.clone("image", "clone") as clone:
             clone.pwrite(b"own", 0)
     frozen.mkdir()
-    command = ["mount", "--bind", "-o", "ro", path, frozen]
+    command = ["mount", "--bind", "-o", "ro", str(path), str(frozen)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
     before = {one: one.stat().st_mtime_ns for one in path.rglob("*")}
     yield frozen
-    subprocess.run(["umount", frozen], check=True)
+    subprocess.run(["umount", "--lazy", frozen], check=True)  # mappings end when they are collected
     assert {one: one.stat().st_mtime_ns for one in path.rglob("*")} == before
 
 
