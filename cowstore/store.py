@@ -194,9 +194,7 @@ class Store:
     def seal_number(self, number: int, image: str) -> DeviceInfo:
         """The same for a clone that is known by its number. An ephemeral clone's blocks are copied."""
         with self._read() as snapshot:
-            record = catalog.by_number(snapshot, number)
-        if record is None:
-            raise NotFoundError("clone", str(number))
+            record = catalog.living(snapshot, number)
         if not record.ephemeral:
             return self._lineage.seal(record, image)
         from .imports import seal_ephemeral
@@ -231,7 +229,8 @@ class Store:
             readonly: Open a clone's last flushed moment instead, which works while somebody writes it.
         """
         self._check_open()
-        record = self._find(name)
+        with self._read() as snapshot:
+            record = catalog.find(snapshot, name)
         if record.kind == IMAGE:
             return self._open_image(record)
         return self._open_moment(name) if readonly or self.readonly else self._open_clone(name)
@@ -356,10 +355,6 @@ class Store:
         owner = None if self.readonly else lambda: engine.reservations.lease_number
         return Moments(self._environment, self._lineage, owner)
 
-    def _find(self, name: str) -> DeviceRecord:
-        with self._read() as snapshot:
-            return catalog.find(snapshot, name)
-
     def _opened(self, record: DeviceRecord, lease: Lease) -> DeviceRecord:
         """The record as it is now that the lease is held; the device may have been deleted before."""
         with self._read() as snapshot:
@@ -393,7 +388,8 @@ class Store:
 
     def _open_clone(self, name: str) -> Clone:
         self._writing_engine()
-        record = self._find(name)
+        with self._read() as snapshot:
+            record = catalog.find(snapshot, name)
         return self._clone_of(record, self._leases.take(record.number, f"clone {name!r}", exclusive=True))
 
     def _clone_of(self, record: DeviceRecord, lease: Lease) -> Clone:

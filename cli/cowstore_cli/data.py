@@ -70,10 +70,16 @@ def export(session: Session, name: str, file: str, force: bool, as_json: bool) -
 def _export_to_stdout(session: Session, name: str, as_json: bool) -> None:
     if as_json:
         raise click.UsageError("--json and the disk cannot both go to standard output")
-    if console.on_terminal():
-        raise click.UsageError("a terminal cannot show a disk; redirect standard output")
+    _refuse_terminal()
     with session.copy() as store, console.progress() as progress, store.device(name, readonly=True) as device:
         _copy_out(device, 0, device.size, progress)
+
+
+def _refuse_terminal() -> None:
+    if console.on_terminal():
+        raise click.UsageError(
+            "a terminal cannot show a disk; redirect standard output, or look at it through `xxd`"
+        )
 
 
 @click.command()
@@ -87,6 +93,7 @@ def read(session: Session, name: str, offset: int | None, length: int | None) ->
 
     Of a clone they are those of its last flush, also while another process writes it.
     """
+    _refuse_terminal()
     with session.look() as store, store.device(name, readonly=True) as device:
         start = offset or 0
         count = max(device.size - start, 0) if length is None else length

@@ -22,7 +22,7 @@ TERMINATED = 143
 CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StoreError, OTHER, "any other failure"),
     (errors.InvalidError, USAGE, "a wrong command line, a bad name, a range outside the device"),
-    (errors.NotFoundError, 3, "no device or store of that name"),
+    (errors.NotFoundError, 3, "no device, store or directory of that name"),
     (errors.ExistsError, 4, "the name or the file is taken"),
     (errors.InUseError, 5, "the device or the store is held by another process"),
     (errors.CorruptError, 6, "stored bytes are not what was written"),

@@ -58,14 +58,15 @@ def check_world(top: Path, name: str, book: Book, at: int, manner: Manner, rng: 
     promises = {name: _survivors(book.allowed(name, at), manner) for name in book.names()}
     if rng.random() < COPIES_CHECKED:
         check_copies(top / name, rng, wanted=book.copied <= at)
+    blank = not manner.garbage and not book.littered
     with cowstore.open(top / name) as store:
         found = compare(store, promises)
         _check_together(book, at, promises, found)
         settled = {name: [fate] for name, fate in found.items()}
-        audit(store, erased=not manner.garbage)
+        audit(store, erased=blank)
         store.collect()
         compare(store, settled)
-        audit(store, collected=True, erased=not manner.garbage)
+        audit(store, collected=True, erased=blank)
         if (top / name / "reserve").stat().st_size < RESERVE:
             raise BrokenPromiseError("there is no reserve after a collection")
         changed = _go_on(store, found, rng)

@@ -99,11 +99,13 @@ class Book:
         backups: Names of backups: when each was begun and done, and what it must hold.
         founded: From where on in the log the store must be there.
         copied: From where on there must be a copy of its catalog.
+        littered: Whether an earlier crash has left garbage where nothing was synced.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.founded: float = math.inf
         self.copied: float = math.inf
+        self.littered = False
         self.together: list[tuple[int, float, tuple[str, ...]]] = []
         self.backups: dict[str, tuple[int, float, dict[str, Fate]]] = {}
         self._recorder = recorder

@@ -124,6 +124,7 @@ def crash_again(place: Path, first: Recording, history: History, at: int) -> int
     recorder.adopt()
     start = len(recorder.log)
     book = Book(recorder)
+    book.littered = manner.garbage
     with booted(LATER_BOOT), small(dice), recorded(recorder) as disk:
         run(partial(recover, first=first, at=at), Driver(place / "live" / STORE, disk, book, dice))
     second = Recording(recorder, book, first.seed, start, (LATER_BOOT, LAST_BOOT))

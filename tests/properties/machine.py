@@ -192,9 +192,10 @@ class Machine(World):
             with pytest.raises(cowstore.RangeError):
                 call(length, offset)
             with pytest.raises(cowstore.RangeError):
-                call(0, -1 - offset)
-        with pytest.raises(cowstore.RangeError):
-            handle.pwrite(bytes(min(length, BLOCK + 1)), thing.live.size - BLOCK if offset < 0 else offset)
+                call(0, -1)
+        for data, at in ((b"a", thing.live.size), (bytes(2 * BLOCK), thing.live.size - BLOCK), (b"", -1)):
+            with pytest.raises(cowstore.RangeError):
+                handle.pwrite(data, at)
 
     @seldom
     @clones

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 import cowstore
+import cowstore.collector
 from cowstore.digest import Buffer
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,7 @@ class Work:
 
 def work() -> None:
     """The loop of the other process."""
+    cowstore.collector._PATIENCE = 0.02
     todo = Work()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -139,7 +141,6 @@ def work() -> None:
             reply = "", getattr(todo, command)(*arguments)
         except cowstore.StoreError as error:
             reply = type(error).__name__, None
-            traceback.print_exc()
         except Exception:  # noqa: BLE001 - whatever it is, the test is told
             reply = "", FAILED
             traceback.print_exc()

@@ -105,7 +105,8 @@ def test_json_is_json_on_a_terminal_too(screen):
 
 
 def test_a_disk_is_not_shown(screen):
-    assert "redirect standard output" in screen("export", "debian", "-", code=2)
+    for words in (["export", "debian", "-"], ["read", "debian"]):
+        assert "redirect standard output" in screen(*words, code=2)
 
 
 def test_errors_are_the_same_line(screen):

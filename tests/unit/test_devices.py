@@ -198,14 +198,13 @@ def test_a_closed_device_says_so(disk):
     disk.close()
     disk.close()
     disk.discard()
-    disk.flush()
     assert "closed" in repr(disk)
     calls = [
         lambda: disk.pread(1, 0), lambda: disk.pread(0, 0), lambda: disk.preadinto(bytearray(1), 0),
         lambda: disk.pwrite(b"a", 0), lambda: disk.zero(1, 0), lambda: disk.trim(1, 0), lambda: disk.resize(5),
         lambda: disk.fork("x"), lambda: disk.seal("x"), disk.reset, lambda: next(disk.delta()), disk.read,
         lambda: next(disk.extents()), lambda: disk.seek(0), lambda: disk.write(b"a"), lambda: next(extents),
-        lambda: next(delta), disk.tell, disk.truncate,
+        lambda: next(delta), disk.tell, disk.truncate, disk.flush,
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(cowstore.ClosedError):
