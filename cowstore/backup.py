@@ -8,7 +8,6 @@ is durable. Ephemeral devices stay behind.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,7 @@ class Backup:
             self._disk.rename(self._aside, self._target)
             self._disk.sync_directory(self._target.parent)
         except BaseException as error:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            self._disk.remove_tree(self._aside)
             if isinstance(error, OSError):
                 raise StoreError(f"cannot write {self._target}: {error.strerror}") from error
             raise

@@ -6,7 +6,6 @@ from the commit blocks that came later.
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -54,25 +53,25 @@ class Copies:
         try:
             return self._make(target)
         except NoSpaceError:
-            shutil.rmtree(target, ignore_errors=True)
+            self._disk.remove_tree(target)
             return self._make(target)
 
     def _make(self, target: Path) -> Path:
         aside = target.with_name(f"{target.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
+        self._disk.remove_tree(aside)
         self._disk.make_directory(aside)
         try:
             self._write(aside)
             verify_copy(aside, self._disk)
             old = target.with_name(f"{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            self._disk.remove_tree(old)
             if target.exists():
                 self._disk.rename(target, old)
             self._disk.rename(aside, target)
             self._disk.sync_directory(self._directory)
-            shutil.rmtree(old, ignore_errors=True)
+            self._disk.remove_tree(old)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            self._disk.remove_tree(aside)
             raise
         return target
 

@@ -204,6 +204,7 @@ class Environment:
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._gate = gate
         self._users = 1
+        self._key = (0, 0)
         self._pid = os.getpid()
         try:
             # No spare transaction: a child made by os.fork() could not let go of it without ending a pin of ours.
@@ -258,7 +259,7 @@ class Environment:
             except BaseException:
                 environment._shut()
                 raise
-            cls._shared[key] = environment
+            cls._shared[key], environment._key = environment, key
             return environment
 
     def _check(self) -> None:
@@ -392,7 +393,7 @@ class Environment:
             self._users -= 1
             if self._users:
                 return
-            self._shared.pop(_identity(self.path), None)
+            self._shared.pop(self._key, None)  # not by its path: the store may have been moved
             self._shut()
 
     def abandon(self) -> None:

@@ -240,6 +240,12 @@ class Disk:
         except FileNotFoundError:
             pass
 
+    def remove_tree(self, path: Path) -> None:
+        """Removes a directory and all in it, as far as it goes; harmless when there is none."""
+        import shutil  # late: opening a store does not need it, and it takes a few milliseconds
+
+        shutil.rmtree(path, ignore_errors=True)
+
     def write_whole(self, path: Path, data: bytes) -> None:
         """Makes or replaces a small file, durably and all at once."""
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def found(path: Path, disk: Disk) -> None:
         disk.write_whole(aside / "store.json", layout.encode_identity(identity))
         _place(aside, path, disk)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        disk.remove_tree(aside)
         if isinstance(error, OSError):
             raise StoreError(f"cannot make a store at {path}: {error.strerror}") from error
         raise
@@ -50,7 +49,7 @@ def _place(aside: Path, path: Path, disk: Disk) -> None:
     except OSError:
         if not (path / "store.json").exists():
             raise
-        shutil.rmtree(aside)  # another process was faster, and its store is as good
+        disk.remove_tree(aside)  # another process was faster, and its store is as good
         return
     disk.sync_directory(path.parent)
 
