@@ -166,7 +166,7 @@ def test_length_of_the_catalog(arena):
             driver.write("a", driver.blocks(1), number % 9 * BLOCK)
             driver.flush("a")
 
-    hunt(arena, churning, 1, points=90, manners_each=1)
+    print(f"{hunt(arena, churning, 1, points=90, manners_each=1)} worlds")
 
 
 def test_names_and_content_of_a_world(arena):

@@ -140,6 +140,7 @@ def search(arena: Path, kind: str, code: int, workload: Callable[[Driver, Fault]
         except Exception as error:
             error.add_note(f"the {nth}th {kind} failed{' for ever' if lasting else ''}")
             raise
+    print(f"{worlds} worlds")
     return worlds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,21 @@ def test_a_store_needs_a_directory_to_be_in(tmp_path, parent):
     with pytest.raises(cowstore.StoreError, match="cannot make a store"):
         cowstore.open(tmp_path / parent / "s", create=True)
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_store_that_is_moved_or_removed_while_it_is_open_is_closed(path, tmp_path, moved):
+    """The kernel's files stay; nothing of the handle does."""
+    store = cowstore.open(path)
+    if moved:
+        path.rename(tmp_path / "moved")
+    else:
+        shutil.rmtree(path)
+    store.close()
+    if moved:
+        assert_whole(tmp_path / "moved")
+    else:
+        cowstore.open(path, create=True).close()
 
 
 # ----------------------------------------------------------------------------------------- store.json
