@@ -64,26 +64,34 @@ class Snapshot:
 
     def get(self, table: bytes, key: bytes) -> bytes | None:
         """The payload of one record, verified."""
-        value = self._txn.get(key, db=self._environment.table(table))
+        try:
+            value = self._txn.get(key, db=self._environment.table(table))
+        except lmdb.Error as error:
+            raise self._corrupt(str(error)) from error
         return None if value is None else self._open(table, key, value)[0]
 
     def items(self, table: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Key and payload of every record from the start key on, in the order of the keys."""
-        with self._txn.cursor(db=self._environment.table(table)) as cursor:
-            if not (cursor.set_range(start) if start else cursor.first()):
-                return
-            for key, value in cursor.iternext():
-                yield key, self._open(table, key, value)[0]
+        for key, value in self._entries(table, start):
+            yield key, self._open(table, key, value)[0]
+
+    def _entries(self, table: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values as they are stored; LMDB finds some of the damage to its pages by itself."""
+        try:
+            with self._txn.cursor(db=self._environment.table(table)) as cursor:
+                if cursor.set_range(start) if start else cursor.first():
+                    yield from cursor.iternext()
+        except lmdb.Error as error:
+            raise self._corrupt(str(error)) from error
 
     def verify(self) -> None:
         """Every record against its checksum, all of them against the state's count and sum."""
         records = total = 0
         for table in TABLES:
-            with self._txn.cursor(db=self._environment.table(table)) as cursor:
-                for key, value in cursor:
-                    check = self._open(table, key, value)[1]
-                    if table is not STATE:
-                        records, total = records + 1, total + check
+            for key, value in self._entries(table):
+                check = self._open(table, key, value)[1]
+                if table is not STATE:
+                    records, total = records + 1, total + check
         if (records, total & (1 << 64) - 1) != (self.state.records, self.state.total):
             raise CatalogCorruptError(str(self._environment.path), "records are missing or were put back")
 
