@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import catalog, slots
 from .environment import Environment, Writer
-from .errors import StoreError
+from .errors import ExistsError, NotFoundError, StoreError
 from .layout import HIDDEN, RESERVED, SLOT_BITS, USED, DeviceRecord, Run
 from .reservations import Reservations
 from .segments import Segments
@@ -55,6 +55,11 @@ class Flush:
     durable: bool = True
     error: BaseException | None = None
     done: bool = False
+
+    @property
+    def names(self) -> bool:
+        """Whether it gives a hidden device its name."""
+        return bool(self.before.flags & HIDDEN) and self.after.visible
 
 
 class Committer:
@@ -117,9 +122,9 @@ class Committer:
                 flush.done = True
 
     def _publish(self, writer: Writer, group: list[Flush]) -> None:
-        accepted = []
+        accepted: list[Flush] = []
         for flush in group:
-            flush.error = self._refusal(writer, flush)
+            flush.error = self._refusal(writer, flush, [other.after.name for other in accepted if other.names])
             if flush.error is None:
                 accepted.append(flush)
         self._reservations.publish(writer, [run for flush in accepted for run in flush.written])
@@ -135,12 +140,24 @@ class Committer:
             )
         return current
 
-    def _refusal(self, writer: Writer, flush: Flush) -> Exception | None:
-        """Why a flush cannot be taken along; asked before anything is changed."""
+    def _refusal(self, writer: Writer, flush: Flush, names: list[str]) -> Exception | None:
+        """Why a flush cannot be taken along; asked before anything is changed.
+
+        Args:
+            writer: The group's transaction.
+            flush: The flush.
+            names: Those that the group gives to others.
+        """
         try:
-            current = self._current(writer, flush)
-            if current.flags & HIDDEN and flush.after.visible:
+            self._current(writer, flush)
+            if flush.names:
                 catalog.check_free(writer, flush.after.name)
+                if flush.after.name in names:
+                    raise ExistsError(
+                        catalog.KINDS[flush.after.kind], flush.after.name, hint="choose another name"
+                    )
+                if flush.after.parent and catalog.by_number(writer, flush.after.parent) is None:
+                    raise NotFoundError("device", f"number {flush.after.parent}", hint="the parent was deleted")
         except StoreError as error:
             return error
         stale = stale_hits(writer, flush)
