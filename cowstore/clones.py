@@ -108,11 +108,12 @@ class Clone(Device):
         with self._lock:
             self._checked(length, offset)
             self._check_sound()
-            yield
+            # Before, not after: on a full disk this fails, and then nothing more may be taken into memory.
             if len(self._dirty) > _DIRTY_LIMIT:
                 self._stage()
             if self._publisher.draft.is_large():
                 self._publisher.emit()
+            yield
 
     def _check_sound(self) -> None:
         self._segments.check_writable()

@@ -9,14 +9,14 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from . import tree
+from . import slots, tree
 from .catalog import DeviceInfo
 from .digest import BLOCK_SIZE, DIGEST_SIZE
 from .environment import Environment
@@ -27,6 +27,7 @@ from .tree import Ids, TreeView
 
 ZERO_DIGEST = bytes(DIGEST_SIZE)
 _NOTHING: dict[int, bytes] = {}
+Piece = bytes | memoryview | int
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,93 @@ class Device(io.RawIOBase):
             buffer = bytearray(self._checked(length, offset))
             self._read_into(memoryview(buffer), offset)
             return bytes(buffer)
+
+    def steady(self) -> AbstractContextManager[object]:
+        """While it is held, what views() has returned stays as it is: writes and flushes of the device wait."""
+        return self._lock
+
+    def views(self, length: int, offset: int) -> list[Piece]:
+        """The bytes of a range in pieces and without a copy; call it, and use them, while steady() is held.
+
+        A flush that began before goes on meanwhile and may be published: it names everything that the tree
+        named when it began, and the next one needs the lock to begin. So nothing that the tree names while the
+        lock is held is erased before it is given up.
+
+        Args:
+            length: Bytes.
+            offset: Where to begin.
+
+        Returns:
+            Buffers of bytes, and numbers: so many zeros.
+
+        Raises:
+            RangeError: Some of it lies outside the device.
+            BlockCorruptError: A block is not what was written.
+        """
+        block, skip = offset >> 12, offset & 4095
+        if 0 < length <= 4096 - skip and offset + length <= self._size:  # in one block, as most of a guest's reads
+            written = self._dirty.get(block)
+            if written is not None:
+                return [written if length == 4096 else memoryview(written)[skip : skip + length]]
+            leaf = self._leaves.get(block >> 9)
+            if leaf is not None:
+                block_id = leaf[block & 511]
+                if not block_id:
+                    return [length]
+                segment = self._data.get(block_id >> 18)
+                slot = block_id & 0x3FFFF
+                if segment is not None and segment.verified[slot]:
+                    start = SLOTS_OFFSET + (slot << 12) + skip
+                    return [segment.view[start : start + length]]
+        self._checked(length, offset)
+        return self._pieces(length, offset) if length else []
+
+    def _pieces(self, length: int, offset: int) -> list[Piece]:
+        """Views of any range: the blocks that hold it, less what stands before and behind."""
+        first, end = offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE)
+        pieces: list[Piece] = []
+        for start in range(first, end, FANOUT):
+            stop = min(start + FANOUT, end)
+            for number in sorted(self._dirty.keys() & range(start, stop)) if self._dirty else ():
+                self._stored_pieces(start, number, pieces)
+                pieces.append(self._dirty[number])
+                start = number + 1
+            self._stored_pieces(start, stop, pieces)
+        skip = offset - first * BLOCK_SIZE
+        pieces[0] = _from(pieces[0], skip)
+        surplus = (end - first) * BLOCK_SIZE - skip - length
+        if surplus:
+            pieces[-1] = _without(pieces[-1], surplus)
+        return pieces
+
+    def _stored_pieces(self, start: int, stop: int, pieces: list[Piece]) -> None:
+        """Adds what the tree has for the blocks from start up to stop."""
+        if start == stop:
+            return
+        with self._named(start, stop - start):
+            for _, block_id, count in slots.split_at_holes(self._tree.ids(start, stop - start)):
+                if block_id:
+                    pieces.append(self._segments.views(block_id, count))
+                elif pieces and isinstance(pieces[-1], int):
+                    pieces[-1] += count * BLOCK_SIZE
+                else:
+                    pieces.append(count * BLOCK_SIZE)
+
+    def prefetch(self, length: int, offset: int) -> None:
+        """Asks for a range to be brought into memory from the disk; does not wait for it.
+
+        Args:
+            length: Bytes.
+            offset: Where to begin.
+        """
+        with self._lock:
+            self._checked(length, offset)
+            first, end = offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE)
+            for start in range(first, end, FANOUT):
+                ids = self._tree.ids(start, min(FANOUT, end - start))
+                for _, block_id, count in slots.split_at_holes(ids):
+                    if block_id:
+                        self._segments.prefetch(block_id, count)
 
     def preadinto(self, buffer: Any, offset: int) -> int:
         """Fills a writable buffer with the bytes from offset on; returns its length in bytes."""
@@ -315,6 +403,16 @@ class Device(io.RawIOBase):
             self._release = None
             release()
             warnings.warn(f"device {self.info.name!r} was never closed", ResourceWarning, stacklevel=2)
+
+
+def _from(piece: Piece, skip: int) -> Piece:
+    """A piece without its first bytes."""
+    return piece - skip if isinstance(piece, int) else memoryview(piece)[skip:]
+
+
+def _without(piece: Piece, surplus: int) -> Piece:
+    """A piece without its last bytes."""
+    return piece - surplus if isinstance(piece, int) else memoryview(piece)[:-surplus]
 
 
 def _runs(ids: Ids, inherited: Ids, start: int, offset: int, end: int) -> Iterator[Extent]:

@@ -70,6 +70,10 @@ class File:
             done += count
         return done
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Asks for a range to be read into the page cache; does not wait for it."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def write_at(self, data: Buffer, offset: int) -> None:
         """Writes all of the data."""
         view = memoryview(data)

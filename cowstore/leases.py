@@ -124,7 +124,9 @@ def _not_opened(path: Path, error: OSError) -> StoreError:
 
 
 @contextmanager
-def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
+def turn(
+    disk: Disk, path: Path, what: str, patience: float, hint: str = "wait until it is done there"
+) -> Iterator[None]:
     """Holds a lock file for the length of a block, so that one process at a time does something.
 
     Raises:
@@ -138,7 +140,7 @@ def turn(disk: Disk, path: Path, what: str, patience: float) -> Iterator[None]:
     try:
         while not file.try_lock(exclusive=True):
             if time.monotonic() >= deadline:
-                raise InUseError(what, file.holder(), hint="wait until it is done there")
+                raise InUseError(what, file.holder(), hint=hint)
             time.sleep(0.01)
         file.sign()
         try:

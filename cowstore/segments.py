@@ -33,6 +33,7 @@ class Segment:
         number: Its number.
         kind: One of layout's kinds.
         map: A read-only mapping of the whole file.
+        view: The same as a view.
         verified: A byte for each slot, not 0 once its block was read and checked in this process.
     """
 
@@ -43,6 +44,7 @@ class Segment:
         self.stamp = stamp
         self.syncing = threading.Lock()
         self.map = file.map(SEGMENT_SIZE)
+        self.view = memoryview(self.map)
         self.verified = mmap.mmap(-1, layout.SLOTS_PER_SEGMENT)
 
     def forget_verified(self) -> None:
@@ -194,7 +196,7 @@ class Segments:
         start = SLOTS_OFFSET + slot * BLOCK_SIZE
         if not segment.verified[slot]:
             self._read_verified(segment, slot, memoryview(bytearray(BLOCK_SIZE)))
-        return memoryview(segment.map)[start : start + BLOCK_SIZE].cast("Q")
+        return segment.view[start : start + BLOCK_SIZE].cast("Q")
 
     def data_segment(self, block_id: int) -> Segment:
         """The segment of a data block; an error where a leaf names something else."""
@@ -222,7 +224,25 @@ class Segments:
                 self._read_verified(segment, slot, part)
             else:
                 start = SLOTS_OFFSET + slot * BLOCK_SIZE
-                part[:] = memoryview(segment.map)[start : start + len(part)]
+                part[:] = segment.view[start : start + len(part)]
+
+    def views(self, first: int, count: int) -> memoryview:
+        """Data slots in a row, verified, as a view of the mapping where they were read before.
+
+        The view is good only as long as the slots cannot be erased.
+        """
+        segment, slot = self.data_segment(first), first & SLOT_MASK
+        if segment.verified[slot : slot + count].count(0):
+            buffer = memoryview(bytearray(count * BLOCK_SIZE))
+            self._read_verified(segment, slot, buffer)
+            return buffer
+        start = SLOTS_OFFSET + slot * BLOCK_SIZE
+        return segment.view[start : start + count * BLOCK_SIZE]
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Asks for data slots in a row to be brought into the page cache."""
+        segment = self.data_segment(first)
+        segment.file.prefetch(SLOTS_OFFSET + (first & SLOT_MASK) * BLOCK_SIZE, count * BLOCK_SIZE)
 
     def read_raw(self, first: int, buffer: memoryview) -> int:
         """Reads slots in a row as they are, unverified, to be compared; returns the bytes read."""

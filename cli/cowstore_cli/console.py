@@ -36,6 +36,18 @@ def emit(value: Any) -> None:
     click.echo(json.dumps(plain(value), indent=2))
 
 
+def emit_line(value: Any) -> None:
+    """Print JSON in one line, for programs that read while the command goes on."""
+    import json
+
+    click.echo(json.dumps(plain(value)))
+
+
+def warn(line: str) -> None:
+    """Print a line on stderr that is no error."""
+    click.echo(f"cowstore: {line}", err=True)
+
+
 def plain(value: Any) -> Any:
     """The same in dicts and lists, which is all that JSON knows."""
     if is_dataclass(value) and not isinstance(value, type):

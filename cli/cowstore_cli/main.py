@@ -38,6 +38,7 @@ COMMANDS = {
     "rm": "devices:rm",
     "gc": "maintenance:gc",
     "stats": "facts:stats",
+    "serve": "serving:serve",
     "backup": "maintenance:backup",
     "completion": "completion:completion",
 }

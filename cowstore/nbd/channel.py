@@ -1,0 +1,246 @@
+"""Channels: the bytes of one connection, plain or in TLS, and whose turn it is to send.
+
+The thin shell around the protocol. Two threads send on one connection, its own and the flusher of its export;
+one receives.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from .wire import Buffer
+
+_PARTS = 1024  # of one sendmsg: IOV_MAX on Linux
+_RECORD = 16 << 10  # bytes: the largest TLS record
+Parts = Sequence[Buffer]
+
+
+class Channel:
+    """A connection in the clear.
+
+    Args:
+        sock: The connected socket, which the channel closes.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._turn = threading.Lock()
+        self._keeps_turn = False
+
+    # Receiving.
+
+    def receive_before(self, deadline: float, length: int = 64 << 10) -> bytes:
+        """Up to so many bytes, none at the end of the connection; for the handshake.
+
+        Args:
+            deadline: Of time.monotonic(); TimeoutError when it has passed.
+            length: Bytes.
+        """
+        self.set_deadline(deadline)
+        return self._sock.recv(length)
+
+    def set_deadline(self, deadline: float) -> None:
+        """Lets every call on the socket end by then."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the handshake took too long")
+        self._sock.settimeout(left)
+
+    def settle(self, send_seconds: float) -> None:
+        """After the handshake: receiving waits as long as it takes, sending only so long without progress."""
+        self._sock.settimeout(None)
+        whole = int(send_seconds)
+        timeout = struct.pack("ll", whole, int((send_seconds - whole) * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    def receive_into(self, space: memoryview) -> int:
+        """Fills some of the space; 0 at the end of the connection."""
+        return self._sock.recv_into(space)
+
+    # Sending.
+
+    def send(self, data: Buffer) -> None:
+        """Sends everything, when it is our turn; from any thread.
+
+        Raises:
+            BlockingIOError: The client left its replies unread for too long.
+        """
+        with self._turn:
+            self._send_all([data])
+
+    def start(self, parts: Parts) -> Parts:
+        """Sends what goes out without waiting, and returns the rest for finish(); for the connection's own thread.
+
+        While there is a rest nobody else's bytes come between.
+        """
+        if not self._turn.acquire(blocking=False):
+            return parts
+        try:
+            rest = self._send_some(parts)
+        except BaseException:
+            self._turn.release()
+            raise
+        self._keeps_turn = bool(rest)
+        if not rest:
+            self._turn.release()
+        return rest
+
+    def finish(self, rest: Parts) -> None:
+        """Sends what start() has left."""
+        if not self._keeps_turn:
+            self._turn.acquire()
+        try:
+            self._send_all(rest)
+        finally:
+            self._keeps_turn = False
+            self._turn.release()
+
+    def _send_some(self, parts: Parts) -> Parts:
+        try:
+            sent = self._sock.sendmsg(parts[:_PARTS], [], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return parts
+        return after(parts, sent)
+
+    def _send_all(self, parts: Parts) -> None:
+        while parts:
+            parts = after(parts, self._sock.sendmsg(parts[:_PARTS]))
+
+    # The end.
+
+    def start_tls(self, context: ssl.SSLContext, rest: bytes, deadline: float) -> Channel:
+        """Leads the client into TLS; what it has sent already belongs there. The new channel takes over.
+
+        Raises:
+            OSError: It failed, ssl.SSLError among them.
+        """
+        secure = SecureChannel(self._sock, context, rest)
+        secure.shake_hands(deadline)
+        return secure
+
+    def hang_up(self) -> None:
+        """Ends receiving, from any thread: what came already can still be taken, and then comes the end."""
+        shut(self._sock, socket.SHUT_RD)
+
+    def drop(self) -> None:
+        """Ends the connection, from any thread; whoever waits for it finds out."""
+        shut(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._sock.close()
+
+
+class SecureChannel(Channel):
+    """A connection in TLS, over memory buffers: one thread may receive while another one sends."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, rest: bytes) -> None:
+        super().__init__(sock)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming.write(rest)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._using = threading.Lock()  # an SSL object is not safe to use from two threads
+        self._raw = memoryview(bytearray(256 << 10))
+
+    def shake_hands(self, deadline: float) -> None:
+        """Does the TLS handshake."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._put_out()
+                data = super().receive_before(deadline)
+                if not data:
+                    raise ConnectionResetError("the client left during the TLS handshake") from None
+                self._incoming.write(data)
+                continue
+            except ssl.SSLError:
+                self._put_out()  # the alert that tells the client why
+                raise
+            self._put_out()
+            return
+
+    def receive_before(self, deadline: float, length: int = 64 << 10) -> bytes:
+        """See Channel."""
+        space = memoryview(bytearray(length))
+        self.set_deadline(deadline)
+        return bytes(space[: self.receive_into(space)])
+
+    def receive_into(self, space: memoryview) -> int:
+        """See Channel."""
+        while True:
+            with self._using:
+                done = self._decrypt(space)
+            if done is not None:
+                return done
+            count = self._sock.recv_into(self._raw)
+            if not count:
+                return 0
+            with self._using:
+                self._incoming.write(self._raw[:count])
+
+    def _decrypt(self, space: memoryview) -> int | None:
+        """Fills the space from the records that are there; None where one more is needed first."""
+        done = 0
+        try:
+            while done < len(space):
+                count = self._tls.read(len(space) - done, space[done:])
+                if not count:
+                    break
+                done += int(count)
+        except ssl.SSLWantReadError:
+            return done or None
+        except ssl.SSLZeroReturnError:
+            return done
+        return done
+
+    def _send_some(self, parts: Parts) -> Parts:
+        return parts
+
+    def _send_all(self, parts: Parts) -> None:
+        data = memoryview(b"".join(parts))
+        for start in range(0, len(data), 64 * _RECORD):
+            with self._using:
+                self._tls.write(data[start : start + 64 * _RECORD])
+            self._put_out()
+
+    def _put_out(self) -> None:
+        with self._using:
+            data = self._outgoing.read()
+        if data:
+            super()._send_all([data])
+
+    def close(self) -> None:
+        """Ends TLS, so that the client can tell an end from a cut, and closes the socket."""
+        try:
+            with self._using:
+                self._tls.unwrap()
+        except (OSError, ValueError):
+            pass  # the client's own end has not come, or never will
+        try:
+            self._sock.send(self._outgoing.read(), socket.MSG_DONTWAIT)
+        except OSError:
+            pass
+        super().close()
+
+
+def after(parts: Parts, sent: int) -> Parts:
+    """What is left of the parts when so many bytes are sent."""
+    for position, part in enumerate(parts):
+        if sent < len(part):
+            return [memoryview(part)[sent:], *parts[position + 1 :]]
+        sent -= len(part)
+    return []
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    """Shuts a socket down, if it is still there."""
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass
