@@ -130,7 +130,9 @@ class Collector:
             self._leases.forget(number)
 
     def _reap_lease(self, writer: Writer, number: int) -> None:
-        lease = catalog.lease(writer, number)
+        lease = next((one for one in catalog.leases(writer) if one.number == number), None)
+        if lease is None:
+            return  # its process has ended in good order meanwhile, and removed it
         if lease.runs:
             slots.change(writer, lease.runs, RESERVED, DOOMED)
             writer.state.dooms += 1
@@ -162,12 +164,14 @@ class Collector:
         while todo:
             known = self._catch_up(known)
             with self._environment.write() as writer:
-                begun = time.monotonic()
                 if writer.state.revision != known:
                     self._marks.mark(live_roots(writer))
-                while todo and time.monotonic() - begun < _SLICE:
+                begun = time.monotonic()
+                while todo:  # one chunk at the least: however long the mark took, each transaction gets on
                     number, chunk = todo.pop()
                     doomed += self._doom_chunk(writer, number, chunk, garbage[number])
+                    if time.monotonic() - begun >= _SLICE:
+                        break
                 writer.state.dooms += 1
                 known = writer.state.revision + 1
             self._progress("doom", doomed, 0)
@@ -237,9 +241,11 @@ class Collector:
         while pieces:
             with self._environment.write() as writer:
                 begun = time.monotonic()
-                while pieces and time.monotonic() - begun < _SLICE:
+                while pieces:
                     number, chunk, mask = pieces.pop()
                     freed += slots.change_masked(writer, number, chunk, mask, DOOMED, FREE)
+                    if time.monotonic() - begun >= _SLICE:
+                        break
             time.sleep(_BREATH)
         return freed
 
