@@ -35,7 +35,8 @@ from .errors import (
     SourceError,
     StoreError,
 )
-from .store import Store, open  # noqa: A004 - the name that every store of this kind has
+from .opening import open  # noqa: A004 - the name that every store of this kind has
+from .store import Store
 
 if TYPE_CHECKING:
     from .clones import Clone

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -64,13 +63,18 @@ class Clone(Device):
             RangeError: Some of it would lie outside the device.
         """
         view = memoryview(data).cast("B")
-        with self._writing(len(view), offset):
-            self._put(view, offset)
+        with self._lock:
+            self._admit(len(view), offset)
+            if len(view) == BLOCK_SIZE and not offset % BLOCK_SIZE:  # as most of a guest's writes
+                self._dirty[offset // BLOCK_SIZE] = bytes(view)
+            else:
+                self._put(view, offset)
         return len(view)
 
     def zero(self, length: int, offset: int) -> None:
         """Makes a range read as zeros. Whole blocks of it take no space any more."""
-        with self._writing(length, offset):
+        with self._lock:
+            self._admit(length, offset)
             end = offset + length
             first, last = -(-offset // BLOCK_SIZE), end // BLOCK_SIZE
             if end == self._size:
@@ -93,7 +97,8 @@ class Clone(Device):
         What is cut off is gone: growing again shows zeros.
         """
         check_size(size)
-        with self._writing(0, 0):
+        with self._lock:
+            self._admit(0, 0)
             if size < self._size:
                 keep = -(-size // BLOCK_SIZE)
                 self._clear(keep, max(keep, -(-self._size // BLOCK_SIZE)))
@@ -103,17 +108,17 @@ class Clone(Device):
             self._publisher.draft.resize(size)
             self._set_size(size)
 
-    @contextmanager
-    def _writing(self, length: int, offset: int) -> Iterator[None]:
-        with self._lock:
-            self._checked(length, offset)
-            self._check_sound()
-            # Before, not after: on a full disk this fails, and then nothing more may be taken into memory.
-            if len(self._dirty) > _DIRTY_LIMIT:
-                self._stage()
-            if self._publisher.draft.is_large():
-                self._publisher.emit()
-            yield
+    def _admit(self, length: int, offset: int) -> None:
+        """Whether a range may be written now; makes room in memory first.
+
+        Not afterwards: on a full disk that fails, and then nothing more may be taken into memory.
+        """
+        self._checked(length, offset)
+        self._check_sound()
+        if len(self._dirty) > _DIRTY_LIMIT:
+            self._stage()
+        if self._publisher.draft.is_large():
+            self._publisher.emit()
 
     def _check_sound(self) -> None:
         self._segments.check_writable()
@@ -122,15 +127,16 @@ class Clone(Device):
 
     def _put(self, view: memoryview, offset: int) -> None:
         number, skip = divmod(offset, BLOCK_SIZE)
-        while len(view):
-            part = min(BLOCK_SIZE - skip, len(view))
+        done, end = 0, len(view)
+        while done < end:
+            part = min(BLOCK_SIZE - skip, end - done)
             if part == BLOCK_SIZE:
-                self._dirty[number] = bytes(view[:BLOCK_SIZE])
+                self._dirty[number] = bytes(view[done : done + BLOCK_SIZE])
             else:
                 block = self._block(number)
-                block[skip : skip + part] = view[:part]
+                block[skip : skip + part] = view[done : done + part]
                 self._dirty[number] = bytes(block)
-            view, number, skip = view[part:], number + 1, 0
+            done, number, skip = done + part, number + 1, 0
             if len(self._dirty) > 4 * _DIRTY_LIMIT:
                 self._stage()
 

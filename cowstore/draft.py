@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from . import layout
 from .digest import BLOCK_SIZE, Buffer, Hasher
@@ -69,6 +73,15 @@ class Draft(TreeView):
             if (0, index) in self.changed or (ids_of(self.leaf(index))[slot : slot + len(part)] != part).any():
                 ids_of(self.changed_leaf(index))[slot : slot + len(part)] = part
             done += len(part)
+
+    def set_scattered(self, numbers: npt.NDArray[np.int64], ids: Ids) -> None:
+        """Names blocks by their numbers, which rise; 0 makes a hole. Each leaf costs one array operation."""
+        indexes = numbers >> FANOUT_BITS
+        edges = [0, *(np.flatnonzero(np.diff(indexes)) + 1).tolist(), len(numbers)]
+        for start, end in pairwise(edges):
+            index, slots = int(indexes[start]), numbers[start:end] & FANOUT_MASK
+            if (0, index) in self.changed or (ids_of(self.leaf(index))[slots] != ids[start:end]).any():
+                ids_of(self.changed_leaf(index))[slots] = ids[start:end]
 
     def clear(self, first: int, end: int) -> None:
         """Makes holes of the blocks from first up to end. Whole subtrees cost one id each."""

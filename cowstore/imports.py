@@ -11,9 +11,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from . import layout, tree
 from .catalog import DeviceInfo
+from .clones import Clone
+from .clones import Lineage as Handles
 from .digest import BLOCK_SIZE, ZERO_BLOCK
 from .errors import InvalidError
 from .layout import FANOUT_BITS, IMAGE, MAP, DeviceRecord, Root
@@ -23,6 +26,7 @@ from .segments import Segments
 from .sources import Source
 
 Progress = Callable[[str, int, int], None]
+_Job = TypeVar("_Job", "Import", "Intake")
 _SLICE = 16384  # blocks, 64 MiB: after so many the slice is published
 
 
@@ -104,6 +108,42 @@ class Import:
         self._publisher.close()
 
 
+class Intake(Clone):
+    """A hidden image that is filled like a clone, in any order, and gets its name in the end.
+
+    Attributes:
+        unpublished: Bytes written since the last flush.
+    """
+
+    def __init__(
+        self, workshop: Workshop, lineage: Lineage, handles: Handles, hidden: DeviceRecord, final: DeviceRecord
+    ) -> None:
+        super().__init__(lineage.describe(hidden), hidden, workshop, handles, lambda: None)
+        self._final = final
+        self.unpublished = 0
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        """See Clone."""
+        count = super().pwrite(data, offset)
+        self.unpublished += count
+        return count
+
+    def flush(self) -> None:
+        """See Clone."""
+        self.unpublished = 0
+        super().flush()
+
+    def publish(self) -> DeviceRecord:
+        """Makes everything durable and gives the image its name; returns the published record."""
+        self._publisher.final = replace(self._final, number=self._publisher.record.number)
+        self.flush()
+        return self._publisher.record
+
+    def close(self) -> None:
+        """Ends it; what is not published is given up."""
+        self.discard()
+
+
 def is_durable(segments: Segments, root: Root) -> bool:
     """Whether a root outlives a reboot: whether its top node lies in an ordinary map segment."""
     return not root.node or segments.get(root.node >> layout.SLOT_BITS).kind == MAP
@@ -115,22 +155,52 @@ def import_source(
     """Takes a source in as an image. What fails leaves nothing behind."""
     blank = Root(layout.HOLE, layout.height_for(source.size), source.size)
     image = DeviceRecord(0, name, IMAGE, Root(layout.HOLE, 1, 0), blank)
-    return _make_image(workshop, lineage, image, lambda job: job.read(source, progress))
+    return _make_image(workshop, lineage, image, Import, lambda job: job.read(source, progress))
+
+
+def import_disk(
+    workshop: Workshop, lineage: Lineage, handles: Handles, size: int, name: str, fill: Callable[[Intake], None]
+) -> DeviceInfo:
+    """Makes an image of so many bytes by writing to it. What fails leaves nothing behind.
+
+    Args:
+        workshop: Writers' tools.
+        lineage: The records.
+        handles: What a clone asks of its store.
+        size: Bytes.
+        name: The image's name.
+        fill: Writes it.
+    """
+    image = DeviceRecord(0, name, IMAGE, Root(layout.HOLE, 1, 0), Root(layout.HOLE, layout.height_for(size), size))
+
+    def start(_: Workshop, hidden: DeviceRecord, final: DeviceRecord) -> Intake:
+        return Intake(workshop, lineage, handles, hidden, final)
+
+    def filled(intake: Intake) -> DeviceRecord:
+        fill(intake)
+        return intake.publish()
+
+    return _make_image(workshop, lineage, image, start, filled)
 
 
 def seal_ephemeral(workshop: Workshop, lineage: Lineage, record: DeviceRecord, name: str) -> DeviceInfo:
     """Makes an image of an ephemeral clone's moment, which the caller holds, in ordinary segments."""
     base = record.base if is_durable(workshop.segments, record.base) else Root(layout.HOLE, 1, 0)
     image = DeviceRecord(0, name, IMAGE, base, base, parent=record.parent)
-    return _make_image(workshop, lineage, image, lambda job: job.copy(workshop.segments, base, record.root))
+    copy = workshop.segments, base, record.root
+    return _make_image(workshop, lineage, image, Import, lambda job: job.copy(*copy))
 
 
 def _make_image(
-    workshop: Workshop, lineage: Lineage, image: DeviceRecord, fill: Callable[[Import], DeviceRecord]
+    workshop: Workshop,
+    lineage: Lineage,
+    image: DeviceRecord,
+    start: Callable[[Workshop, DeviceRecord, DeviceRecord], _Job],
+    fill: Callable[[_Job], DeviceRecord],
 ) -> DeviceInfo:
     lineage.check_free(image.name)
     hidden = lineage.start_image(image, workshop.reservations.lease_number)
-    job = Import(workshop, hidden, replace(image, created=hidden.created))
+    job = start(workshop, hidden, replace(image, created=hidden.created))
     try:
         record = fill(job)
     except BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -75,10 +74,8 @@ class Publisher:
         ids = self._interner.intern(memoryview(b"".join(map(blocks.__getitem__, numbers))))
         if len(numbers) == 1:
             self.draft.set_ids(numbers[0], ids)
-            return
-        edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-        for start, end in pairwise(edges):
-            self.draft.set_ids(numbers[start], ids[start:end])
+        else:
+            self.draft.set_scattered(np.array(numbers, np.int64), ids)
 
     def emit(self) -> None:
         """Writes the changed nodes, so that they need no memory; nothing is published."""

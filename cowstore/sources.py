@@ -11,9 +11,21 @@ from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
 from .digest import BLOCK_SIZE
-from .errors import SourceError
+from .errors import InvalidError, SourceError
 
 PIECE = 4 << 20  # bytes read at once
+FOREIGN = ("qcow2", "vmdk", "vhdx", "vdi")
+"""Formats of disk images that are not raw disks."""
+
+_HEAD = 512  # bytes: no magic stands behind them
+_MAGICS = (
+    ("qcow2", 0, b"QFI\xfb"),
+    ("vmdk", 0, b"KDMV"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"# Disk DescriptorFile"),
+    ("vhdx", 0, b"vhdxfile"),
+    ("vdi", 64, b"\x7f\x10\xda\xbe"),
+)
 
 
 class Source(Protocol):
@@ -37,6 +49,36 @@ class Source(Protocol):
     def close(self) -> None:
         """Closes what was opened."""
         ...
+
+
+def format_of(source: str | os.PathLike[str] | BinaryIO, asked: str) -> str:
+    """The format of what is to be imported, ``raw`` or a foreign one.
+
+    Args:
+        source: A path or a binary file.
+        asked: A format, or ``auto``: what a file's first bytes tell. A block device or a stream is raw then.
+
+    Raises:
+        InvalidError: There is no such format.
+        SourceError: The file cannot be read, or a foreign format is asked for and there is no file.
+    """
+    if asked not in ("auto", "raw", *FOREIGN):
+        raise InvalidError(f"format {asked!r} is not known", hint=f"auto, raw, {', '.join(FOREIGN)}")
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
+    if asked == "auto":
+        return _recognised(path) if os.path.isfile(path) else "raw"
+    if asked != "raw" and not path:
+        raise SourceError("a stream", f"{asked} is read from a file only", hint="put it into a file first")
+    return asked
+
+
+def _recognised(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise SourceError(path, error.strerror or "it cannot be read") from error
+    return next((name for name, at, magic in _MAGICS if head[at:].startswith(magic)), "raw")
 
 
 def open_source(source: str | os.PathLike[str] | BinaryIO) -> Source:

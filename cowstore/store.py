@@ -6,12 +6,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
-
-import xxhash
 
 from . import catalog, founding
 from .catalog import DeviceInfo
@@ -20,7 +18,7 @@ from .environment import Environment, Snapshot
 from .errors import ClosedError, InvalidError, NoSpaceError, NotFoundError, ReadOnlyError
 from .files import Disk
 from .layout import CLONE, IMAGE, DeviceRecord
-from .leases import Lease, Leases
+from .leases import Lease, Leases, turn
 from .lineage import Lineage
 from .moments import Moments
 
@@ -114,30 +112,44 @@ class Store:
     # Images and clones.
 
     def import_image(
-        self, source: Path_ | BinaryIO, name: str, *, progress: Progress = _no_progress
-    ) -> DeviceInfo:
+        self, source: Path_ | BinaryIO, name: str, *, format: str = "auto",  # noqa: A002 - the field's word
+        progress: Progress = _no_progress,
+    ) -> DeviceInfo:  # fmt: skip
         """Takes a disk image in, under a name.
 
         Args:
             source: A path, or a binary file. Holes of sparse files are not read.
             name: The image's name.
+            format: "raw", or one of sources.FOREIGN, which qemu-img reads from a path; "auto" looks at the file.
             progress: Told ("import", bytes done, bytes in all); 0 in all where the length is not known.
 
         Raises:
-            SourceError: It cannot be read, or changed meanwhile.
+            SourceError: It cannot be read, or changed meanwhile, or leads to other files.
             ExistsError: The name is taken.
+            NotFoundError: qemu-img is needed, and not installed.
         """
         from .imports import import_source
-        from .sources import open_source
+        from .sources import format_of, open_source
 
         self._check_writable()
         self._lineage.check_free(name)
+        if (kind := format_of(source, format)) != "raw":
+            return self._import_foreign(source, kind, name, progress)
         stream = open_source(source)
         try:
             engine = self._writing_engine()
             return import_source(engine.workshop, self._lineage, stream, name, progress)
         finally:
             stream.close()
+
+    def _import_foreign(self, source: Path_ | BinaryIO, kind: str, name: str, progress: Progress) -> DeviceInfo:
+        from .foreign import ForeignImage
+        from .imports import import_disk
+
+        image = ForeignImage(source, kind)
+        workshop = self._writing_engine().workshop
+        fill = partial(image.copy_into, progress=progress)
+        return import_disk(workshop, self._lineage, self, image.size, name, fill)
 
     def create(self, name: str, size: int) -> Clone:
         """A blank clone of so many bytes, open for writing."""
@@ -302,22 +314,32 @@ class Store:
     # Ways out, and upkeep.
 
     def export(
-        self, name: str, path: Path_, *, overwrite: bool = False, progress: Progress = _no_progress
-    ) -> None:
-        """Writes a device's last flushed moment as a sparse file, which appears when it is complete.
+        self, name: str, path: Path_, *, overwrite: bool = False, format: str = "raw",  # noqa: A002 - as above
+        reflink: str = "auto", verify: bool = True, progress: Progress = _no_progress,
+    ) -> None:  # fmt: skip
+        """Writes a device's last flushed moment as a file, which appears when it is complete.
 
         Args:
             name: The device.
             path: The file to be made.
             overwrite: Replace a file that is there.
+            format: "raw", a sparse file, or one of sources.FOREIGN, which qemu-img writes.
+            reflink: "auto" shares space with the store where that works, "always" does or fails, "never" copies.
+            verify: Check what is shared against its digests, as what is copied always is.
             progress: Told ("export", bytes done, bytes in all).
         """
         from .exports import Export
 
         self._check_open()
-        job = Export(Path(path), overwrite=overwrite)
-        with self._moments.held(lambda pin: [catalog.find(pin, name)]) as (record,):
-            job.write_tree(self._engine.segments, record.root, progress)
+        job = Export(Path(path), overwrite=overwrite, reflink=reflink, verify=verify)
+        if format == "raw":
+            with self._moments.held(lambda pin: [catalog.find(pin, name)]) as (record,):
+                job.write_tree(self._engine.segments, record.root, progress)
+            return
+        from . import foreign
+
+        with self.device(name, readonly=True) as device:
+            foreign.export(job, device, format, progress)
 
     def backup(self, path: Path_, *, progress: Progress = _no_progress) -> None:
         """Makes a consistent copy of the whole store, while it is in use; ephemeral devices stay behind."""
@@ -346,6 +368,12 @@ class Store:
         collection = self._despite_full_disk(run)
         founding.make_reserve(self.path, self._disk)
         return collection
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Held by the one server of the store on this host; InUseError where there is one already."""
+        self._check_open()
+        place, what = self.path / "leases" / "server", f"serving store {self.path}"
+        return turn(self._disk, place, what, 0, hint="one server is enough: use that one")
 
     # Opening devices.
 
@@ -415,13 +443,12 @@ class Store:
         """Gives the reserve up where a full disk keeps anybody from making room."""
         reserve = self.path / "reserve"
         try:
-            result = action()
+            return action()
         except NoSpaceError:
             if not reserve.exists():
                 raise
             self._disk.unlink(reserve)
             return action()
-        return result
 
     # The end.
 
@@ -470,29 +497,3 @@ def _abandon_stores() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_stores)
-
-
-def open(  # noqa: A001 - the name that every store of this kind has
-    path: Path_,
-    *,
-    create: bool = False,
-    readonly: bool = False,
-    _disk: Disk | None = None,
-    _hash: HashFunction = xxhash.xxh3_128_digest,
-) -> Store:
-    """Opens a store.
-
-    Args:
-        path: Its directory.
-        create: Make an empty one where there is none.
-        readonly: Open it for reading only; writes raise ReadOnlyError.
-
-    Raises:
-        NotFoundError: There is no such directory.
-        FormatError: It is not a store, or one that this version cannot use.
-        CatalogCorruptError: Its catalog does not verify.
-    """
-    directory, disk = Path(path), _disk or Disk()
-    if create and not readonly and not (directory / "store.json").exists():
-        founding.found(directory, disk)
-    return Store(directory, disk, _hash, readonly=readonly)

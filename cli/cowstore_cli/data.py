@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
 import cowstore
 from cowstore_cli import console, sizes
-from cowstore_cli.options import common_options, device_argument, json_option, size_option
+from cowstore_cli.options import Decorator, common_options, device_argument, json_option, size_option
 from cowstore_cli.session import Session, pass_session, writing
 
 CHUNK = 4 << 20
@@ -19,44 +19,82 @@ CHUNK = 4 << 20
 _FILE = click.Path(allow_dash=True)
 
 
+def _format_option(default: str, text: str) -> Decorator[Any]:
+    return click.option("--format", "kind", metavar="FORMAT", default=default, help=text)
+
+
 @click.command("import")
 @click.argument("source", metavar="FILE", type=_FILE)
 @click.argument("name", metavar="NAME")
+@_format_option("auto", "What FILE is: auto, raw, qcow2, vmdk, vhdx or vdi.  [default: auto, by its first bytes]")
 @json_option
 @common_options
 @pass_session
-def import_(session: Session, source: str, name: str, as_json: bool) -> None:
-    """Import FILE, a raw disk or a block device, as image NAME.
+def import_(session: Session, source: str, name: str, kind: str, as_json: bool) -> None:
+    """Import FILE, a disk image or a block device, as image NAME.
 
-    `-` reads standard input. Holes of a sparse file are not read, and take no room.
+    `-` reads standard input. Holes of a sparse file are not read, and take no room. What is no raw disk is read by
+    qemu-img; an image that leads to other files is refused. Say `--format raw` of a raw disk that somebody you do
+    not trust has written: its first bytes may pretend.
     """
     with session.open() as store, console.progress() as progress:
-        if source == "-":
-            made = store.import_image(sys.stdin.buffer, name, progress=progress)
-        else:
-            made = store.import_image(source, name, progress=progress)
+        stream = sys.stdin.buffer if source == "-" else source
+        made = store.import_image(stream, name, format=kind, progress=progress)
     console.tell(made, f"imported {source} as image {name}, {sizes.show(made.size)}", as_json)
 
 
-@click.command()
+class _ReflinkAlone(click.Command):
+    """`--reflink` takes its value behind a `=` only, as in cp: the word after it is the device."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Gives a bare one its value, before click takes the next word for it."""
+        end = args.index("--") if "--" in args else len(args)
+        words = ["--reflink=always" if word == "--reflink" else word for word in args[:end]]
+        return super().parse_args(ctx, words + args[end:])
+
+
+@click.command(cls=_ReflinkAlone)
 @device_argument("name")
 @click.argument("file", metavar="FILE", type=_FILE)
+@_format_option("raw", "What FILE is to be: raw, qcow2, vmdk, vhdx or vdi.  [default: raw]")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option(
+    "--reflink",
+    metavar="[=WHEN]",
+    type=click.Choice(["auto", "always", "never"]),
+    is_flag=False,
+    flag_value="always",
+    default="auto",
+    help="Share space with the store instead of copying, as XFS and btrfs can: auto does where possible, always "
+    "does or fails, never copies. Without the option it is auto, without a value always.",
+)
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not read what is shared, so that damage in it goes unnoticed. What is copied is always verified.",
+)
 @json_option
 @common_options
 @pass_session
-def export(session: Session, name: str, file: str, force: bool, as_json: bool) -> None:
-    """Write device NAME to FILE as a sparse raw disk.
+def export(
+    session: Session, name: str, file: str, kind: str, force: bool, reflink: str, no_verify: bool, as_json: bool
+) -> None:
+    """Write device NAME to FILE as a sparse raw disk, or in another format by qemu-img.
 
     `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
     of a clone it holds the last flush.
     """
+    if reflink == "always" and kind != "raw":
+        raise click.UsageError(f"a {kind} file cannot share space with the store; leave --reflink or --format")
     if file == "-":
+        if reflink == "always" or kind != "raw":
+            raise click.UsageError("standard output takes a raw copy only; name a file")
         _export_to_stdout(session, name, as_json)
         return
     with session.copy() as store, console.progress() as progress:
         try:
-            store.export(name, file, overwrite=force, progress=progress)
+            how: dict[str, Any] = {"format": kind, "reflink": reflink, "verify": not no_verify}
+            store.export(name, file, overwrite=force, progress=progress, **how)
         except cowstore.ExistsError as error:
             error.hint = "--force replaces it"
             raise

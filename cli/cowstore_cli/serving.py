@@ -162,6 +162,7 @@ def _watch(server: Server, metrics: Path | None) -> None:
             break
         if line is not None:
             line.draw()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)  # who is impatient sends another one
     _notify("STOPPING=1")
     if line is not None:
         line.clear()

@@ -31,6 +31,7 @@ class Channel:
         self._sock = sock
         self._turn = threading.Lock()
         self._keeps_turn = False
+        self._deadline: float | None = None  # of time.monotonic(), until the handshake has ended
 
     # Receiving.
 
@@ -41,18 +42,21 @@ class Channel:
             deadline: Of time.monotonic(); TimeoutError when it has passed.
             length: Bytes.
         """
-        self.set_deadline(deadline)
-        return self._sock.recv(length)
+        self._deadline = deadline
+        space = memoryview(bytearray(length))
+        return bytes(space[: self.receive_into(space)])
 
-    def set_deadline(self, deadline: float) -> None:
-        """Lets every call on the socket end by then."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the handshake took too long")
-        self._sock.settimeout(left)
+    def _hurry(self) -> None:
+        """Before each call on the socket in the handshake: lets it end by the deadline, however it drips."""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the handshake took too long")
+            self._sock.settimeout(left)
 
     def settle(self, send_seconds: float) -> None:
         """After the handshake: receiving waits as long as it takes, sending only so long without progress."""
+        self._deadline = None
         self._sock.settimeout(None)
         whole = int(send_seconds)
         timeout = struct.pack("ll", whole, int((send_seconds - whole) * 1e6))
@@ -60,6 +64,7 @@ class Channel:
 
     def receive_into(self, space: memoryview) -> int:
         """Fills some of the space; 0 at the end of the connection."""
+        self._hurry()
         return self._sock.recv_into(space)
 
     # Sending.
@@ -109,6 +114,7 @@ class Channel:
 
     def _send_all(self, parts: Parts) -> None:
         while parts:
+            self._hurry()
             parts = after(parts, self._sock.sendmsg(parts[:_PARTS]))
 
     # The end.
@@ -149,27 +155,22 @@ class SecureChannel(Channel):
 
     def shake_hands(self, deadline: float) -> None:
         """Does the TLS handshake."""
+        self._deadline = deadline
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 self._put_out()
-                data = super().receive_before(deadline)
-                if not data:
+                count = super().receive_into(self._raw)
+                if not count:
                     raise ConnectionResetError("the client left during the TLS handshake") from None
-                self._incoming.write(data)
+                self._incoming.write(self._raw[:count])
                 continue
             except ssl.SSLError:
                 self._put_out()  # the alert that tells the client why
                 raise
             self._put_out()
             return
-
-    def receive_before(self, deadline: float, length: int = 64 << 10) -> bytes:
-        """See Channel."""
-        space = memoryview(bytearray(length))
-        self.set_deadline(deadline)
-        return bytes(space[: self.receive_into(space)])
 
     def receive_into(self, space: memoryview) -> int:
         """See Channel."""
@@ -178,7 +179,7 @@ class SecureChannel(Channel):
                 done = self._decrypt(space)
             if done is not None:
                 return done
-            count = self._sock.recv_into(self._raw)
+            count = super().receive_into(self._raw)
             if not count:
                 return 0
             with self._using:

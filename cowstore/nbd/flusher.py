@@ -6,10 +6,12 @@ the store's committer takes what they flush at the same time in one round of syn
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+_log = logging.getLogger("cowstore.nbd")
 Told = Callable[[Exception | None], None]
 
 
@@ -54,7 +56,10 @@ class Flusher:
             failure = error
         self.flushes += 1
         for told in waiting:
-            told(failure)
+            try:
+                told(failure)
+            except Exception:  # noqa: BLE001 - one client's trouble; the others wait for this thread
+                _log.exception("a client could not be told of its flush")
 
     def close(self) -> None:
         """Answers what was asked, and ends the thread."""

@@ -26,7 +26,7 @@ from .wire import Command, Error
 _log = logging.getLogger("cowstore.nbd")
 _ZEROS = bytes(256 << 10)
 _PARTS = 512  # of a batch of replies, before it is sent
-_ALLOWED = {
+_ALLOWED: dict[int, int] = {
     Command.READ: wire.FUA | wire.DF,
     Command.WRITE: wire.FUA,
     Command.FLUSH: wire.FUA,
@@ -185,8 +185,7 @@ class Transmission:
             request: The request.
             beyond: The error for a range that reaches beyond the end.
         """
-        allowed = _ALLOWED[Command(request.type)]
-        if request.flags & ~allowed or (request.flags & wire.DF and not self._structured):
+        if request.flags & ~_ALLOWED[request.type] or (request.flags & wire.DF and not self._structured):
             raise Refused(Error.EINVAL, f"flags {request.flags:#x} do not go with this command")
         if request.type in _CHANGES and not self._export.writable:
             raise Refused(Error.EPERM, "the export is read-only")

@@ -14,7 +14,18 @@ from types import ModuleType
 
 from tests.bench import ground, measure
 
-TOPICS = ("startup", "reads", "clones", "sparse", "flush", "imports", "index_size", "index_peer", "collect")
+TOPICS = (
+    "startup",
+    "reads",
+    "clones",
+    "sparse",
+    "flush",
+    "imports",
+    "index_size",
+    "index_peer",
+    "collect",
+    "serving",
+)
 """Each topic is a module beside this one with `run(bench)`."""
 
 
