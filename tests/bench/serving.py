@@ -49,10 +49,10 @@ class Load:
 
 
 LOADS = (
-    Load("4 KiB random read, 32 in flight", "randread", 4096, 32, 200_000, {"qemu-nbd": 3, "nbdkit file": 1}),
-    Load("4 KiB random read, one at a time", "randread", 4096, 1, 30_000, {"qemu-nbd": 1.5}),
-    Load("1 MiB read in sequence, 4 in flight", "read", MIB, 4, 4_000, {"qemu-nbd": 1.5}),
-    Load("4 KiB random write, 32 in flight, and a flush", "randwrite", 4096, 32, 100_000, {"qemu-nbd": 1.5}),
+    Load("4 KiB random read, 32 in flight", "randread", 4096, 32, 100_000, {"qemu-nbd": 3, "nbdkit file": 1}),
+    Load("4 KiB random read, one at a time", "randread", 4096, 1, 15_000, {"qemu-nbd": 1.5}),
+    Load("1 MiB read in sequence, 4 in flight", "read", MIB, 4, 2_000, {"qemu-nbd": 1.5}),
+    Load("4 KiB random write, 32 in flight, and a flush", "randwrite", 4096, 32, 60_000, {"qemu-nbd": 1.5}),
 )
 
 
@@ -80,7 +80,7 @@ def compare(bench: Bench) -> None:
                 name: partial(ask, load, uri, length, bench.pick(1, 50)) for name, uri in sockets.items()
             }
             ground.settle()
-            tell(bench, load, in_turn(bench.pick(7, 1), actions, warm=bench.pick(1, 0)))
+            tell(bench, load, in_turn(bench.pick(5, 1), actions, warm=bench.pick(1, 0)))
 
 
 def tell(bench: Bench, load: Load, found: dict[str, Sample]) -> None:

@@ -310,3 +310,18 @@ def test_data_where_a_node_should_be_is_damage(path):
             segments.read(np.array([node_id], np.uint64), memoryview(bytearray(BLOCK)))
         with pytest.raises(cowstore.SegmentCorruptError, match="missing"):
             segments.node(12345 << SLOT_BITS)
+
+
+def test_scattered_blocks_are_named_as_one_by_one(engine):
+    draft, model = started(engine, 4 * HIGH * BLOCK)
+    other, _ = started(engine, 4 * HIGH * BLOCK)
+    numbers = sorted({spot + near for spot in SPOTS for near in (0, 1, 5, 511)} - {4 * HIGH})
+    numbers = [number for number in numbers if number < 4 * HIGH]
+    ids = np.arange(1, len(numbers) + 1, dtype=np.uint64)
+    ids[::3] = 0  # holes among them
+    draft.set_scattered(np.array(numbers, np.int64), ids)
+    for number, block_id in zip(numbers, ids.tolist(), strict=True):
+        other.set_ids(number, np.array([block_id], np.uint64))
+        model.set(number, [block_id])
+    check(draft, model)
+    assert draft.changed == other.changed, "what is a hole already changes nothing"
