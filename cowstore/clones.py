@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from .catalog import DeviceInfo, check_size
 from .devices import Device
 from .digest import BLOCK_SIZE
 from .errors import PoisonedError
-from .layout import DeviceRecord, Root
+from .journal import Change, Journal
+from .layout import JOURNAL_DATA, JOURNAL_ZEROS, DeviceRecord, Root
 from .publisher import Publisher, Workshop
 
 _DIRTY_LIMIT = 4096  # blocks, 16 MiB: beyond that they are interned before the flush
@@ -42,9 +43,10 @@ class Clone(Device):
 
     def __init__(
         self, info: DeviceInfo, record: DeviceRecord, workshop: Workshop, lineage: Lineage,
-        release: Callable[[], None],
+        release: Callable[[], None], journal: Journal | None = None,
     ) -> None:  # fmt: skip
         self._publisher = Publisher(workshop, record)
+        self._journal = journal
         super().__init__(
             info, record.base, self._publisher.draft, workshop.environment, workshop.segments, release
         )
@@ -69,23 +71,31 @@ class Clone(Device):
                 self._dirty[offset // BLOCK_SIZE] = bytes(view)
             else:
                 self._put(view, offset)
+            if self._journal is not None:
+                self._journal.wrote(view, offset)
         return len(view)
 
     def zero(self, length: int, offset: int) -> None:
         """Makes a range read as zeros. Whole blocks of it take no space any more."""
         with self._lock:
             self._admit(length, offset)
-            end = offset + length
-            first, last = -(-offset // BLOCK_SIZE), end // BLOCK_SIZE
-            if end == self._size:
-                last = -(-end // BLOCK_SIZE)
-            if first >= last:
-                self._put(memoryview(bytes(length)), offset)
-                return
-            self._put(memoryview(bytes(first * BLOCK_SIZE - offset)), offset)
-            self._clear(first, last)
-            if last * BLOCK_SIZE < end:
-                self._put(memoryview(bytes(end - last * BLOCK_SIZE)), last * BLOCK_SIZE)
+            self._zero(length, offset)
+            if self._journal is not None:
+                self._journal.zeroed(length, offset)
+
+    def _zero(self, length: int, offset: int) -> None:
+        """Whole blocks become holes, and the rest is written."""
+        end = offset + length
+        first, last = -(-offset // BLOCK_SIZE), end // BLOCK_SIZE
+        if end == self._size:
+            last = -(-end // BLOCK_SIZE)
+        if first >= last:
+            self._put(memoryview(bytes(length)), offset)
+            return
+        self._put(memoryview(bytes(first * BLOCK_SIZE - offset)), offset)
+        self._clear(first, last)
+        if last * BLOCK_SIZE < end:
+            self._put(memoryview(bytes(end - last * BLOCK_SIZE)), last * BLOCK_SIZE)
 
     def trim(self, length: int, offset: int) -> None:
         """Gives a range's whole blocks back; all of the range reads as zeros afterwards."""
@@ -107,6 +117,8 @@ class Clone(Device):
                     self._put(memoryview(bytes(cut)), size)
             self._publisher.draft.resize(size)
             self._set_size(size)
+            if self._journal is not None:
+                self._journal.resized(size)
 
     def _admit(self, length: int, offset: int) -> None:
         """Whether a range may be written now; makes room in memory first.
@@ -155,6 +167,50 @@ class Clone(Device):
             self._publisher.stage_scattered(self._dirty)
             self._dirty.clear()  # after the leaves name them: see Device.pread
 
+    # The journal.
+
+    def keep_journal(self) -> None:
+        """From now on what is written survives the death of this process, though not of the host.
+
+        Whoever opens the clone for writing next finds it there. A write costs a copy more; one that cannot be
+        recorded raises NoSpaceError.
+        """
+        if self._journal is not None:
+            self._journal.is_kept = True
+
+    @property
+    def journal_size(self) -> int:
+        """Bytes that the journal holds of writes since the last flush began."""
+        return 0 if self._journal is None else self._journal.size
+
+    def recovered(self) -> Self:
+        """Does again, and flushes, what a process that died had written and not flushed; called once, at opening.
+
+        Where that fails the clone is given back, and the journal stays.
+        """
+        try:
+            if self._journal is not None and self._journal.is_left:
+                if self._do_again(self._journal.left()):
+                    self.flush()
+                self._journal.drop()
+        except BaseException:
+            self._give_back()
+            raise
+        return self
+
+    def _do_again(self, changes: Iterator[Change]) -> int:
+        """Makes changes; returns how many."""
+        count = 0
+        for kind, offset, length, data in changes:
+            count += 1
+            if kind == JOURNAL_DATA:
+                self.pwrite(data, offset)
+            elif kind == JOURNAL_ZEROS:
+                self.zero(length, offset)
+            else:
+                self.resize(offset)
+        return count
+
     # Flushing.
 
     def flush(self) -> None:
@@ -174,11 +230,15 @@ class Clone(Device):
             except PoisonedError as error:
                 self._broken = error
                 raise
+            if self._journal is not None:
+                self._journal.covered()
 
     def _before_flush(self) -> None:
         self._epoch += 1  # see Device.pread
         self._check_open()
         self._check_sound()
+        if self._journal is not None:
+            self._journal.turn()
         self._stage()
 
     def _moment(self) -> Root:
@@ -206,6 +266,8 @@ class Clone(Device):
         with self._flushing, self._lock:
             self._check_open()
             self._check_sound()
+            if self._journal is not None:
+                self._journal.drop()
             given_up = self._publisher
             self._publisher = given_up.restarted(self._base)
             self._adopt(self._base.size)
@@ -250,21 +312,33 @@ class Clone(Device):
             return size
 
     def close(self) -> None:
-        """Flushes and gives the clone back, also where the flush fails; harmless when done twice."""
+        """Flushes and gives the clone back, also where the flush fails; harmless when done twice.
+
+        Where it fails, what was not flushed is lost, unless a journal was kept: then it is there when the clone is
+        opened again.
+        """
         try:
             if self._release is not None:
                 self.flush()
         finally:
-            self.discard()
+            self._give_back()
 
     def discard(self) -> None:
         """Gives the clone back without a flush: it stays as it was last flushed."""
+        with self._flushing, self._lock:
+            if self._release is not None and self._journal is not None:
+                self._journal.drop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         with self._flushing, self._lock:
             release, self._release = self._release, None
             self._leaves = {}
             self._epoch += 1
             if release is not None:
                 self._dirty.clear()
+                if self._journal is not None:
+                    self._journal.close()
                 try:
                     self._publisher.close()
                 finally:
@@ -278,4 +352,6 @@ class Clone(Device):
     def abandon(self) -> None:
         """In a child made by os.fork(): nothing may be used or released, the parent owns it."""
         self._flushing = threading.Lock()
+        if self._journal is not None:
+            self._journal.close()
         super().abandon()

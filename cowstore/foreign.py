@@ -6,6 +6,7 @@ they came in. The socket is in a private directory and serves one device to one 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,8 +17,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from . import nbd
 from .catalog import DeviceInfo
@@ -104,10 +107,10 @@ class ForeignImage:
             if intake.unpublished >= _SLICE:
                 intake.flush()
 
-        with served(intake) as uri:
-            reason = convert(["-n", "-W", *self._source, "-O", "raw", uri], tell)
+        with served(intake) as lent:
+            reason = convert(["-n", "-W", *self._source, "-O", "raw", lent.uri], tell)
         if reason:
-            raise SourceError(self.path, reason)
+            raise lent.trouble or SourceError(self.path, reason)
         progress("import", self.size, self.size)
 
 
@@ -130,11 +133,15 @@ def export(job: Export, device: Device, kind: str, progress: Progress) -> None:
     program()
 
     def fill(path: Path) -> None:
-        with served(device) as uri:
-            words = ["-f", "raw", uri, "-O", kind, os.path.abspath(path)]
+        with served(device) as lent:
+            words = ["-f", "raw", lent.uri, "-O", kind, os.path.abspath(path)]
             reason = convert(words, lambda done: progress("export", int(device.size * done), device.size))
+        if lent.trouble:
+            raise lent.trouble
+        if os.strerror(errno.ENOSPC) in reason:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if reason:
-            raise StoreError(f"cannot write {path.name}: {reason}")
+            raise StoreError(f"qemu-img cannot write {kind}: {reason.replace(os.fspath(path), 'the file')}")
 
     job.write_by(fill)
     progress("export", device.size, device.size)
@@ -196,14 +203,15 @@ def said(errors: bytes) -> str:
 
 
 @contextmanager
-def served(device: Device) -> Iterator[str]:
-    """Serves one device to one program while the block lasts; gives the address."""
+def served(device: Device) -> Iterator[_Lent]:
+    """Serves one device to one program while the block lasts."""
     with tempfile.TemporaryDirectory(prefix="cowstore-") as place:
         listener = nbd.listen_unix(Path(place) / "nbd.sock")
-        server = nbd.Server(_One(device), [listener], names=[device.name])
+        lent = _Lent(device, f"nbd+unix:///{device.name}?socket={quote(place)}/nbd.sock")
+        server = nbd.Server(_One(lent), [listener], names=[device.name])
         server.start()
         try:
-            yield f"nbd+unix:///{device.name}?socket={place}/nbd.sock"
+            yield lent
         finally:
             server.stop()
 
@@ -211,9 +219,9 @@ def served(device: Device) -> Iterator[str]:
 class _One:
     """A single device, for the server."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._info = replace(device.info, kind="clone" if device.writable() else "image")
+    def __init__(self, lent: _Lent) -> None:
+        self._lent = lent
+        self._info = lent.info
 
     def devices(self) -> list[DeviceInfo]:
         """It alone."""
@@ -228,17 +236,34 @@ class _One:
     def device(self, name: str) -> _Lent:
         """The device, however often a client comes and goes."""
         self.info(name)
-        return _Lent(self._device)
+        return self._lent
 
 
 class _Lent:
-    """A device that stays open when its borrower closes it."""
+    """A device that stays open when its borrower closes it, and remembers what went wrong.
 
-    def __init__(self, device: Device) -> None:
+    Attributes:
+        uri: Where it is served.
+        info: What it is.
+        trouble: Its first failure, of which a client is told no more than a number.
+    """
+
+    def __init__(self, device: Device, uri: str) -> None:
         self._device = device
+        self.uri = uri
+        self.info = replace(device.info, kind="clone" if device.writable() else "image")
+        self.trouble: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
+        found = getattr(self._device, name)
+        return partial(self._call, found) if callable(found) else found
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            self.trouble = self.trouble or error
+            raise
 
     def close(self) -> None:
         """Not yet."""

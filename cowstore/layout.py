@@ -47,6 +47,17 @@ _STAMP_MAGIC = b"COWERASE"
 _CHECKSUM = struct.Struct("<Q")
 
 
+# Journals: a header, then changes, of which those of data have it behind them.
+JOURNAL_DATA, JOURNAL_ZEROS, JOURNAL_SIZE = 1, 2, 3
+_JOURNAL_HEADER = struct.Struct("<8sQ16sQ")
+CHANGE = struct.Struct("<QQQ")  # kind, offset, length
+
+
+def encode_journal_header(boot: bytes, number: int) -> bytes:
+    """How every journal of a clone begins during one boot of the host."""
+    return _JOURNAL_HEADER.pack(b"COWJOURN", FORMAT_VERSION, boot, number)
+
+
 def encode_segment_header(number: int, kind: int, store_id: bytes) -> bytes:
     """The first 48 bytes of a segment file, written once."""
     head = _SEGMENT_HEADER.pack(_SEGMENT_MAGIC, FORMAT_VERSION, kind, 0, number, store_id, 0)

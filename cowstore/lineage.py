@@ -14,6 +14,7 @@ from . import catalog, layout
 from .catalog import DeviceInfo, check_name, check_size
 from .environment import Environment, Snapshot, Writer
 from .errors import InvalidError, NoSpaceError
+from .journal import Journals
 from .layout import CLONE, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, Root
 from .leases import Lease, Leases
 
@@ -21,9 +22,10 @@ from .leases import Lease, Leases
 class Lineage:
     """The records of one store's devices."""
 
-    def __init__(self, environment: Environment, leases: Leases) -> None:
+    def __init__(self, environment: Environment, leases: Leases, journals: Journals) -> None:
         self._environment = environment
         self._leases = leases
+        self._journals = journals
         self._unwanted: list[int] = []
 
     def create(self, name: str, size: int) -> tuple[DeviceRecord, Lease]:
@@ -92,6 +94,7 @@ class Lineage:
             number = catalog.find(snapshot, name, CLONE).number
         lease = self._leases.take(number, f"clone {name!r}", exclusive=True)
         try:
+            self._journals.of(number).drop()  # before: what it holds must not be done again afterwards
             with self._environment.write() as writer:
                 record = catalog.living(writer, number, name)
                 return catalog.describe(writer, catalog.save(writer, replace(record, root=record.base)))
@@ -114,6 +117,7 @@ class Lineage:
             with self._environment.write() as writer:
                 deleted = [_delete(writer, record.number, name) for name, record in found.items()]
             for record in found.values():
+                self._journals.of(record.number).drop()
                 self._leases.forget(record.number)  # not before: who opens it now must find it locked, or gone
             return deleted
 

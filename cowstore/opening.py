@@ -1,13 +1,16 @@
-"""Opening: from a directory to a store."""
+"""Opening: from a directory to a store, and what becomes of open stores in a child made by os.fork()."""
 
 from __future__ import annotations
 
+import os
+import weakref
 from pathlib import Path
 
 import xxhash
 
 from . import founding
 from .digest import HashFunction
+from .environment import Environment
 from .files import Disk
 from .store import Path_, Store
 
@@ -35,4 +38,18 @@ def open(  # noqa: A001 - the name that every store of this kind has
     directory, disk = Path(path), _disk or Disk()
     if create and not readonly and not (directory / "store.json").exists():
         founding.found(directory, disk)
-    return Store(directory, disk, _hash, readonly=readonly)
+    store = Store(directory, disk, _hash, readonly=readonly)
+    _stores.add(store)
+    return store
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _abandon_stores() -> None:
+    Environment.forget_lock()
+    for store in list(_stores):
+        store._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_stores)

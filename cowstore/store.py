@@ -17,6 +17,7 @@ from .digest import HashFunction
 from .environment import Environment, Snapshot
 from .errors import ClosedError, InvalidError, NoSpaceError, NotFoundError, ReadOnlyError
 from .files import Disk
+from .journal import Journals
 from .layout import CLONE, IMAGE, DeviceRecord
 from .leases import Lease, Leases, turn
 from .lineage import Lineage
@@ -64,8 +65,8 @@ class Store:
         self._open: weakref.WeakSet[Device] = weakref.WeakSet()
         self._environment = Environment.open(path / "catalog", disk, path / "leases" / "writer", readonly=readonly)
         self._leases = Leases(disk, path / "leases")
-        self._lineage = Lineage(self._environment, self._leases)
-        _stores.add(self)
+        self._journals = Journals(disk, path / "journals")
+        self._lineage = Lineage(self._environment, self._leases, self._journals)
         if not readonly:
             self._purge()
 
@@ -425,7 +426,8 @@ class Store:
 
         record = self._opened(record, lease)
         info = self._lineage.describe(record)
-        return self._keep(Clone(info, record, self._writing_engine().workshop, self, lease.close))
+        workshop, journal = self._writing_engine().workshop, self._journals.of(record.number)
+        return self._keep(Clone(info, record, workshop, self, lease.close, journal).recovered())
 
     @property
     def _reading(self) -> tuple[Environment, Segments]:
@@ -485,15 +487,3 @@ class Store:
 
     def __repr__(self) -> str:
         return f"<Store {str(self.path)!r}{', closed' if self._closed else ''}>"
-
-
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-
-
-def _abandon_stores() -> None:
-    Environment.forget_lock()
-    for store in list(_stores):
-        store._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_stores)

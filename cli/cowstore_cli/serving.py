@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ENDINGS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 _METRICS_SECONDS = 5.0
+_log = logging.getLogger("cowstore")
 _FILE = click.Path(dir_okay=False)
 
 
@@ -94,9 +95,9 @@ def _runtime_directory(store: Path) -> Path:
         top = Path("/run/cowstore") if os.geteuid() == 0 else Path(f"/tmp/cowstore-{os.geteuid()}")
     status = store.stat()
     place = top / f"{status.st_dev:x}-{status.st_ino:x}"
-    nbd.make_private(place)
-    nbd.check_private(top)
-    nbd.check_private(place)
+    for directory in (top, place):
+        nbd.make_private(directory)
+        nbd.check_private(directory)
     return place
 
 
@@ -108,6 +109,8 @@ def _run(
 
     server = nbd.Server(store, listeners, names=names, tls=tls)
     in_time = False
+    if metrics:
+        _write_metrics(server, Path(metrics))  # a place where it cannot be is a mistake now; later it is a pity
     server.start()
     try:
         _announce(store, server, tls is not None, as_json)
@@ -115,7 +118,7 @@ def _run(
     finally:
         in_time = server.stop()
         if metrics:
-            _write_metrics(server, Path(metrics))
+            _try_metrics(server, Path(metrics))
     if not in_time:
         console.warn("some clients did not leave in time and were dropped")
         raise click.exceptions.Exit(exits.OTHER)
@@ -156,7 +159,7 @@ def _watch(server: Server, metrics: Path | None) -> None:
     due = time.monotonic()
     while True:
         if metrics is not None and time.monotonic() >= due:
-            _write_metrics(server, metrics)
+            _try_metrics(server, metrics)
             due = time.monotonic() + _METRICS_SECONDS
         if signal.sigtimedwait(_ENDINGS, 1.0 if line or metrics else 3600.0) is not None:
             break
@@ -166,6 +169,14 @@ def _watch(server: Server, metrics: Path | None) -> None:
     _notify("STOPPING=1")
     if line is not None:
         line.clear()
+
+
+def _try_metrics(server: Server, path: Path) -> None:
+    """Writes the metrics; guests must not lose their disks where that fails."""
+    try:
+        _write_metrics(server, path)
+    except OSError as error:
+        _log.error("the metrics cannot be written to %s: %s", path, error.strerror)
 
 
 def _write_metrics(server: Server, path: Path) -> None:

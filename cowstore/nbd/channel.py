@@ -11,6 +11,7 @@ import ssl
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from .wire import Buffer
@@ -18,7 +19,6 @@ from .wire import Buffer
 _PARTS = 1024  # of one sendmsg: IOV_MAX on Linux
 _LOOK = 100e-6  # seconds that the next request is looked for; QEMU's own event loop looks for up to 32e-6
 _CROWDED = 20e-6  # seconds that one look takes only where others are at work
-_RECORD = 16 << 10  # bytes: the largest TLS record
 Parts = Sequence[Buffer]
 
 
@@ -33,6 +33,8 @@ class Channel:
         self._sock = sock
         self._turn = threading.Lock()
         self._keeps_turn = False
+        self._posted: deque[Buffer] = deque()
+        self.is_dropped = False
         self._is_busy = False  # whether the last request came soon
         self._deadline: float | None = None  # of time.monotonic(), until the handshake has ended
 
@@ -102,7 +104,44 @@ class Channel:
             BlockingIOError: The client left its replies unread for too long.
         """
         with self._turn:
-            self._send_all([data])
+            self._send_all(self._encode([data]))
+
+    def post(self, data: Buffer) -> None:
+        """Has a small reply sent as soon as it is its turn; from any thread, and it never waits.
+
+        A client that does not read gets a thread that waits for it, so that the flusher, which others wait for,
+        need not.
+        """
+        self._posted.append(data)
+        self._send_posted()
+
+    def _send_posted(self) -> None:
+        """Sends what was posted, unless somebody has the turn: he does it when he gives it up."""
+        while self._posted and self._turn.acquire(blocking=False):
+            try:
+                rest = self._send_some(self._encode(self._take_posted()))
+            except OSError:
+                self.drop()  # its own thread finds out
+                rest = ()
+            if rest:
+                threading.Thread(target=self._send_rest, args=(rest,), name="cowstore-sender", daemon=True).start()
+                return  # it has the turn now
+            self._turn.release()
+
+    def _take_posted(self) -> list[Buffer]:
+        found = []
+        while self._posted:
+            found.append(self._posted.popleft())
+        return found
+
+    def _send_rest(self, rest: Parts) -> None:
+        try:
+            self._send_all(rest)
+        except OSError:
+            self.drop()
+        finally:
+            self._turn.release()
+        self._send_posted()
 
     def start(self, parts: Parts) -> Parts:
         """Sends what goes out without waiting, and returns the rest for finish(); for the connection's own thread.
@@ -112,13 +151,14 @@ class Channel:
         if not self._turn.acquire(blocking=False):
             return parts
         try:
-            rest = self._send_some(parts)
+            rest = self._send_some(self._encode(parts))
         except BaseException:
             self._turn.release()
             raise
         self._keeps_turn = bool(rest)
         if not rest:
             self._turn.release()
+            self._send_posted()
         return rest
 
     def finish(self, rest: Parts) -> None:
@@ -126,10 +166,15 @@ class Channel:
         if not self._keeps_turn:
             self._turn.acquire()
         try:
-            self._send_all(rest)
+            self._send_all(rest if self._keeps_turn else self._encode(rest))
         finally:
             self._keeps_turn = False
             self._turn.release()
+        self._send_posted()
+
+    def _encode(self, parts: Parts) -> Parts:
+        """The parts as they go over the wire; whoever has the turn calls it, once for each part."""
+        return parts
 
     def _send_some(self, parts: Parts) -> Parts:
         try:
@@ -161,6 +206,7 @@ class Channel:
 
     def drop(self) -> None:
         """Ends the connection, from any thread; whoever waits for it finds out."""
+        self.is_dropped = True
         shut(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -226,21 +272,16 @@ class SecureChannel(Channel):
             return done
         return done
 
-    def _send_some(self, parts: Parts) -> Parts:
-        return parts
-
-    def _send_all(self, parts: Parts) -> None:
-        data = memoryview(b"".join(parts))
-        for start in range(0, len(data), 64 * _RECORD):
-            with self._using:
-                self._tls.write(data[start : start + 64 * _RECORD])
-            self._put_out()
+    def _encode(self, parts: Parts) -> Parts:
+        with self._using:
+            self._tls.write(b"".join(parts))
+            return [self._outgoing.read()]
 
     def _put_out(self) -> None:
         with self._using:
             data = self._outgoing.read()
         if data:
-            super()._send_all([data])
+            self._send_all([data])
 
     def close(self) -> None:
         """Ends TLS, so that the client can tell an end from a cut, and closes the socket."""

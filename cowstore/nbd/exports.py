@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from cowstore.errors import ClosedError, NotFoundError, StoreError
+from cowstore.errors import ClosedError, InUseError, NotFoundError, StoreError
 
 from .flusher import Flusher
 
 _log = logging.getLogger("cowstore.nbd")
+_TRIES = 10  # to open a device whose name is given to another one at this moment
 Piece = bytes | bytearray | memoryview | int
 
 
@@ -41,6 +42,11 @@ class Extent(Protocol):
 
 class Disk(Protocol):
     """What the server needs of an open device. Offsets, lengths and sizes are bytes."""
+
+    @property
+    def info(self) -> Description:
+        """What it is."""
+        ...
 
     @property
     def size(self) -> int:
@@ -81,6 +87,15 @@ class WritableDisk(Disk, Protocol):
 
     def flush(self) -> None:
         """Makes every write that has returned durable."""
+        ...
+
+    def keep_journal(self) -> None:
+        """From now on what is written survives the death of this process."""
+        ...
+
+    @property
+    def journal_size(self) -> int:
+        """Bytes that the journal holds of writes since the last flush began."""
         ...
 
 
@@ -139,6 +154,20 @@ class Export:
         self.disk = disk
         self.writable = writable
         self.flusher = Flusher(disk.flush) if writable else None
+        self._is_relieving = False
+        if writable:
+            disk.keep_journal()
+
+    def relieve(self, limit: int) -> None:
+        """Has the clone flushed, though nobody asks for it, where its journal holds more bytes than the limit."""
+        if self.flusher is not None and self.disk.journal_size > limit and not self._is_relieving:
+            self._is_relieving = True
+            self.flusher.ask(self._relieved)
+
+    def _relieved(self, failure: Exception | None) -> None:
+        self._is_relieving = False
+        if failure is not None:
+            _log.error("device number %d cannot be flushed: %s", self.number, failure)
 
     def close(self) -> None:
         """Flushes and gives the device back."""
@@ -197,14 +226,24 @@ class Exports:
             NotFoundError: It is not there, or not offered.
             StoreError: It cannot be opened, for example because another process writes it.
         """
-        found = self.describe(name)
-        with self._at(found.number) as place:
-            if place.export is None:
-                disk = self._devices.device(found.name)
-                place.export = Export(found.number, disk, writable=found.kind == "clone")
-                _log.info("%s %s is open", found.kind, found.name)
-            place.users += 1
-            return place.export
+        for _ in range(_TRIES):
+            found = self.describe(name)
+            with self._at(found.number) as place:
+                if place.export is None:
+                    place.export = self._open(found)
+                if place.export is not None:
+                    place.users += 1
+                    return place.export
+        raise InUseError(f"export {name!r}", hint="it is renamed all the time; try again")
+
+    def _open(self, found: Description) -> Export | None:
+        """The device, open; None where its name has meanwhile been given to another one."""
+        disk = self._devices.device(found.name)
+        if disk.info.number != found.number:
+            disk.close()
+            return None
+        _log.info("%s %s is open", found.kind, found.name)
+        return Export(found.number, disk, writable=found.kind == "clone")
 
     def release(self, export: Export) -> None:
         """Gives an export back; the last one closes it, a clone after a flush."""
@@ -243,13 +282,10 @@ class Exports:
 
 
 def close(export: Export) -> None:
-    """Closes an export; its last writes may fail to become durable, and nobody is left to be told."""
+    """Closes an export. Writes that cannot be made durable now stay in the clone's journal."""
     try:
         export.close()
     except ClosedError:
         pass  # by the store's own end, with a flush
     except (StoreError, OSError) as error:
-        _log.error("unflushed writes of device number %d are lost: %s", export.number, error)
-
-
-Opener = Callable[[str], Export]
+        _log.error("device number %d cannot be flushed now, and keeps its journal: %s", export.number, error)

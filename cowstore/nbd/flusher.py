@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from cowstore.errors import ClosedError
+
 _log = logging.getLogger("cowstore.nbd")
 Told = Callable[[Exception | None], None]
 
@@ -27,15 +29,18 @@ class Flusher:
         self._asked: SimpleQueue[Told | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self.flushes = 0
+        self._ended = False
 
     def ask(self, told: Told) -> None:
         """Has told() called, from another thread, when everything written before is durable, or cannot be."""
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="cowstore-flusher", daemon=True)
-                self._thread.start()
-        self._asked.put(told)
+            if not self._ended:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="cowstore-flusher", daemon=True)
+                    self._thread.start()
+                self._asked.put(told)
+                return
+        told(ClosedError("the device is closed", hint="connect again"))
 
     def _run(self) -> None:
         ended = False
@@ -54,7 +59,6 @@ class Flusher:
             self._flush()
         except Exception as error:  # noqa: BLE001 - every client is told, whatever it is
             failure = error
-        self.flushes += 1
         for told in waiting:
             try:
                 told(failure)
@@ -64,7 +68,7 @@ class Flusher:
     def close(self) -> None:
         """Answers what was asked, and ends the thread."""
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None:
+            thread, self._thread, self._ended = self._thread, None, True
             self._asked.put(None)
+        if thread is not None:
             thread.join()

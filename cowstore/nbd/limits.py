@@ -19,6 +19,8 @@ class Limits:
         name_bytes: Of an export's name, and of any other string; the specification's own limit.
         payload_bytes: Of one write, and of one read.
         batch_bytes: Of replies that are gathered before they are sent.
+        batch_seconds: Of work on the requests of one client before others have their turn.
+        journal_bytes: Unflushed writes of a clone; then it is flushed, though nobody asks for it.
         flushes: Unanswered on one connection; further requests wait.
         send_seconds: How long a client may leave its replies unread before it is dropped.
         stop_seconds: How long a stopping server waits for its clients' last requests.
@@ -32,6 +34,8 @@ class Limits:
     name_bytes: int = 4096
     payload_bytes: int = 32 * MIB
     batch_bytes: int = 2 * MIB
+    batch_seconds: float = 0.005
+    journal_bytes: int = 64 * MIB
     flushes: int = 128
     send_seconds: float = 60.0
     stop_seconds: float = 10.0

@@ -38,10 +38,14 @@ class Listener:
     @property
     def uri(self) -> str:
         """Where clients find it; an export's name goes between the last slash and the question mark."""
+        return self.address("nbd")
+
+    def address(self, scheme: str) -> str:
+        """The same; the scheme is ``nbds`` where TLS is required."""
         if self.is_unix:
-            return f"nbd+unix:///?socket={quote(str(self.sock.getsockname()))}"
+            return f"{scheme}+unix:///?socket={quote(str(self.sock.getsockname()))}"
         host, port = self.sock.getsockname()[:2]
-        return f"nbd://[{host}]:{port}/" if ":" in host else f"nbd://{host}:{port}/"
+        return f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
 
     def close(self) -> None:
         """Closes the socket and removes its file."""
@@ -63,15 +67,13 @@ def listen_unix(path: str | os.PathLike[str]) -> Listener:
     make_private(place.parent)
     _remove_stale(place)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
     try:
         sock.bind(os.fspath(place))
+        place.chmod(0o600)  # nobody can connect before listen(); the umask is the whole process's, and not ours
+        sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise StoreError(f"cannot listen at {place}: {error.strerror}") from error
-    finally:
-        os.umask(before)
-    sock.listen(_BACKLOG)
     return Listener(sock, place)
 
 
@@ -81,24 +83,26 @@ def make_private(directory: Path) -> None:
     Raises:
         StoreError: It cannot be made.
     """
-    before = os.umask(0o077)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make {directory}: {error.strerror}") from error
-    finally:
-        os.umask(before)
+    for place in reversed([directory, *directory.parents]):
+        try:
+            if not place.is_dir():
+                place.mkdir(0o700)
+        except FileExistsError:
+            if not place.is_dir():
+                raise StoreError(f"{place} is there and is no directory", hint="name another place") from None
+        except OSError as error:
+            raise StoreError(f"cannot make {place}: {error.strerror}") from error
 
 
 def check_private(directory: Path) -> None:
-    """Refuses a directory that somebody else may have prepared.
+    """Refuses a directory that somebody else may have prepared, or may change.
 
     Raises:
-        StoreError: It is another user's, or others may enter it.
+        StoreError: It is a link, another user's, or others may write to it.
     """
     found = os.stat(directory, follow_symlinks=False)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise StoreError(f"{directory} is not private to this user", hint="remove it, or name another place")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise StoreError(f"{directory} is not this user's alone", hint="remove it, or name another place")
 
 
 def _remove_stale(path: Path) -> None:

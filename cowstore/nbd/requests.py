@@ -6,6 +6,7 @@ writes is copied once, from the socket, before it reaches the device.
 
 from __future__ import annotations
 
+import mmap
 from typing import NamedTuple
 
 from . import wire
@@ -50,7 +51,7 @@ class Requests:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limit = (limits or Limits()).payload_bytes
-        self._buffer = memoryview(bytearray(_BUFFER))
+        self._buffer = _memory(_BUFFER)
         self._start = self._end = 0  # what was received and not yet taken
         self._large: memoryview | None = None  # the payload of a write that the buffer cannot hold
         self._filled = 0
@@ -110,7 +111,7 @@ class Requests:
 
     def _begin_large(self, header: tuple[int, int, int, int, int], after: int) -> None:
         self._header = header
-        self._large = memoryview(bytearray(header[4]))
+        self._large = _memory(header[4])
         self._filled = self._end - after
         self._large[: self._filled] = self._buffer[after : self._end]
         self._start = self._end = 0
@@ -124,3 +125,8 @@ class Requests:
         request = Request(*self._header, self._large)
         self._large = self._header = None
         return [request]
+
+
+def _memory(length: int) -> memoryview:
+    """Memory that is touched, and so taken, only as bytes come: a header alone must not cost what it announces."""
+    return memoryview(mmap.mmap(-1, length))

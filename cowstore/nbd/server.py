@@ -66,7 +66,7 @@ class Server:
     @property
     def uris(self) -> list[str]:
         """Where clients find it."""
-        return [listener.uri for listener in self._listeners]
+        return [listener.address("nbd" if self._tls is None else "nbds") for listener in self._listeners]
 
     @property
     def clients(self) -> int:

@@ -26,6 +26,7 @@ from .wire import Command, Error
 _log = logging.getLogger("cowstore.nbd")
 _ZEROS = bytes(256 << 10)
 _PARTS = 512  # of a batch of replies, before it is sent
+_BREATH = 0.0002  # seconds: without it, who waits for the lock would not get it before it is taken again
 _ALLOWED: dict[int, int] = {
     Command.READ: wire.FUA | wire.DF,
     Command.WRITE: wire.FUA,
@@ -94,6 +95,8 @@ class Transmission:
         begun = time.perf_counter()
         position = 0
         while position < len(requests):
+            if self._channel.is_dropped:
+                raise ConnectionAbortedError("the connection was dropped")
             with self._disk.steady():
                 stop = self._do(requests, position)
                 rest = self._channel.start(self._out) if self._out else ()
@@ -106,14 +109,19 @@ class Transmission:
             self._counters.took(time.perf_counter() - begun, stop - position - len(asked))
             for request in asked:
                 self._ask(request, begun)
+            self._export.relieve(self._limits.journal_bytes)
+            if stop < len(requests) and time.perf_counter() - begun > self._limits.batch_seconds:
+                time.sleep(_BREATH)
             position = stop
             if requests[stop - 1].type == Command.DISC:
                 return False
         return True
 
     def _do(self, requests: list[Request], position: int) -> int:
-        """Does requests until their replies are enough to be sent; returns where it stopped."""
+        """Does requests until their replies are enough to be sent, or took long enough; returns where it stopped."""
         handlers, counts = self._handlers, self._counters.requests
+        clock = time.perf_counter
+        until = clock() + self._limits.batch_seconds
         for at in range(position, len(requests)):
             request = requests[at]
             kind = request.type
@@ -128,7 +136,7 @@ class Transmission:
                 handler(request)
             except Exception as error:  # noqa: BLE001 - the client gets its answer, whatever it is
                 self._fail(request, *_told(error))
-            if self._out_bytes > self._limits.batch_bytes or len(self._out) > _PARTS:
+            if self._out_bytes > self._limits.batch_bytes or len(self._out) > _PARTS or clock() > until:
                 return at + 1
         return len(requests)
 
@@ -166,13 +174,9 @@ class Transmission:
             if failure is not None:
                 self._durable.errors += 1
                 reply = self._failure(request.cookie, *_told(failure))
-            try:
-                self._channel.send(reply)
-            except OSError:
-                self._channel.drop()  # it is gone, or does not read; its own thread finds out
-            finally:
-                self._durable.took(time.perf_counter() - begun)
-                self._free.release()
+            self._channel.post(reply)
+            self._durable.took(time.perf_counter() - begun)
+            self._free.release()
 
         flusher.ask(told)
 

@@ -149,6 +149,14 @@ EXAMPLES: dict[str, tuple[bytes, dict[str, Any]]] = {
     "_DEVICE": (DEVICE.encode(), NAMED),
     "_SEGMENT": (layout.encode_segment_record(2, 0x12345678), {"kind": 2, "free": 0x12345678}),
     "_LEASE": (LEASE.encode(), {}),
+    "_JOURNAL_HEADER": (
+        layout.encode_journal_header(BOOT, 0x123456789A),
+        {"magic": b"COWJOURN", "boot": BOOT, "number": 0x123456789A} | NAMED,
+    ),
+    "CHANGE": (
+        layout.CHANGE.pack(layout.JOURNAL_ZEROS, 0x123456789A, 0x2345678923),
+        {"kind": 2, "offset": 0x123456789A, "length": 0x2345678923},
+    ),
 }  # fmt: skip
 OBJECTS = {"_COMMIT": COMMIT, "_STATE": STATE, "_DEVICE": DEVICE, "_LEASE": LEASE}
 
@@ -225,7 +233,10 @@ def store(tmp_path):
         store.collect()
         desk.pwrite(b"y" * 8192, 0)
         desk.flush()
-        yield store
+        desk.keep_journal()
+        desk.pwrite(b"z", 0)
+        with store.serving():
+            yield store
 
 
 def test_every_file_of_a_store_is_listed(store):
