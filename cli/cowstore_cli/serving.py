@@ -143,10 +143,15 @@ def _notify(state: str) -> None:
             sock.send(state.encode())
 
 
+def _endings() -> set[signal.Signals]:
+    """The signals that end the server; `nohup` asks for one of them to be ignored."""
+    return {number for number in _ENDINGS if signal.getsignal(number) is not signal.SIG_IGN}
+
+
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals that end the program wait until somebody looks for them; so nothing is left half done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _endings())
     try:
         yield
     finally:
@@ -161,11 +166,11 @@ def _watch(server: Server, metrics: Path | None) -> None:
         if metrics is not None and time.monotonic() >= due:
             _try_metrics(server, metrics)
             due = time.monotonic() + _METRICS_SECONDS
-        if signal.sigtimedwait(_ENDINGS, 1.0 if line or metrics else 3600.0) is not None:
+        if signal.sigtimedwait(_endings(), 1.0 if line or metrics else 3600.0) is not None:
             break
         if line is not None:
             line.draw()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)  # who is impatient sends another one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _endings())  # who is impatient sends another one
     _notify("STOPPING=1")
     if line is not None:
         line.clear()

@@ -35,6 +35,7 @@ class Channel:
         self._keeps_turn = False
         self._posted: deque[Buffer] = deque()
         self.is_dropped = False
+        self._ending = 0.0  # of time.monotonic(), when the server stops
         self._is_busy = False  # whether the last request came soon
         self._deadline: float | None = None  # of time.monotonic(), until the handshake has ended
 
@@ -72,12 +73,23 @@ class Channel:
         if self._deadline is not None:
             self._hurry()
             return self._sock.recv_into(space)
+        if self._ending:
+            return self._receive_last(space)
         begun = time.perf_counter()
         count = self._look(space, begun) if self._is_busy else None
         if count is None:
             count = self._sock.recv_into(space)
         self._is_busy = time.perf_counter() - begun < 2 * _LOOK
         return count
+
+    def _receive_last(self, space: memoryview) -> int:
+        """What came before the server began to stop, and of a client that goes on asking not for long."""
+        if time.monotonic() > self._ending:
+            return 0
+        try:
+            return self._sock.recv_into(space, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
 
     def _look(self, space: memoryview, begun: float) -> int | None:
         """Looks for the next request for a moment before sleeping, where the last one came soon.
@@ -200,8 +212,9 @@ class Channel:
         secure.shake_hands(deadline)
         return secure
 
-    def hang_up(self) -> None:
-        """Ends receiving, from any thread: what came already can still be taken, and then comes the end."""
+    def hang_up(self, seconds: float) -> None:
+        """Ends receiving, from any thread: what came already can be taken for so long, and then comes the end."""
+        self._ending = time.monotonic() + seconds
         shut(self._sock, socket.SHUT_RD)
 
     def drop(self) -> None:

@@ -117,13 +117,15 @@ class Handshake:
         (client,) = wire.CLIENT_FLAGS.unpack((yield wire.CLIENT_FLAGS.size))
         if client & ~flags:
             raise ProtocolError(f"unknown client flags {client:#x}")
+        if self.tls_required and not client & wire.FLAG_FIXED_NEWSTYLE:
+            raise ProtocolError("TLS is required here, and the client's handshake is too old for it")
         self._no_zeroes = bool(client & wire.FLAG_NO_ZEROES)
         for _ in range(self.limits.options):
             magic, option, length = wire.OPTION_HEADER.unpack((yield wire.OPTION_HEADER.size))
             if magic != wire.OPTION_MAGIC:
                 raise ProtocolError("an option does not begin with its magic")
             if length > self.limits.option_bytes:
-                self._answer(option, Answer.ERR_TOO_BIG, f"at most {self.limits.option_bytes} bytes an option")
+                self._refuse(option, Answer.ERR_TOO_BIG, f"at most {self.limits.option_bytes} bytes an option")
                 raise ProtocolError(f"an option of {length} bytes")
             self._handle(option, (yield length) if length else b"")
             if self.chosen or self.ended:
@@ -154,7 +156,7 @@ class Handshake:
         self._answer(option, answer, message)
 
     def _answer(self, option: int, answer: Answer, data: bytes | str = b"") -> None:
-        self.output += wire.option_reply(option, answer, data.encode() if isinstance(data, str) else data)
+        self.output += wire.option_reply(option, answer, wire.text(data) if isinstance(data, str) else data)
 
     # The options.
 
@@ -178,7 +180,12 @@ class Handshake:
         if data:
             self._answer(option, Answer.ERR_INVALID, "no data here")
             return
-        for name in self.exports.names():
+        try:
+            names = self.exports.names()
+        except (StoreError, OSError) as error:
+            self._answer(option, Answer.ERR_POLICY, str(error))
+            return
+        for name in names:
             encoded = name.encode()
             self._answer(option, Answer.SERVER, wire.NUMBER.pack(len(encoded)) + encoded)
         self._answer(option, Answer.ACK)

@@ -86,23 +86,23 @@ def make_private(directory: Path) -> None:
     for place in reversed([directory, *directory.parents]):
         try:
             if not place.is_dir():
-                place.mkdir(0o700)
-        except FileExistsError:
-            if not place.is_dir():
-                raise StoreError(f"{place} is there and is no directory", hint="name another place") from None
+                place.mkdir()
+                place.chmod(0o700)  # whatever the umask takes away
         except OSError as error:
+            if place.is_dir():
+                continue  # somebody else has made it meanwhile
             raise StoreError(f"cannot make {place}: {error.strerror}") from error
 
 
 def check_private(directory: Path) -> None:
-    """Refuses a directory that somebody else may have prepared, or may change.
+    """Refuses a directory that somebody else may have prepared.
 
     Raises:
-        StoreError: It is a link, another user's, or others may write to it.
+        StoreError: It is a link, another user's, or others may enter it.
     """
     found = os.stat(directory, follow_symlinks=False)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise StoreError(f"{directory} is not this user's alone", hint="remove it, or name another place")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise StoreError(f"{directory} is not private to this user", hint="remove it, or name another place")
 
 
 def _remove_stale(path: Path) -> None:
@@ -143,8 +143,8 @@ def listen_tcp(address: str) -> Listener:
             host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InvalidError(f"{host!r} is not known: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise InvalidError(f"host {host!r} is not known: {error}", hint="name one that is") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
@@ -171,8 +171,8 @@ def passed(pid: str, count: str) -> list[Listener]:
         return []
     found = []
     for descriptor in range(_FIRST_PASSED, _FIRST_PASSED + int(count)):
-        os.set_inheritable(descriptor, False)
         try:
+            os.set_inheritable(descriptor, False)
             sock = socket.socket(fileno=descriptor)
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:

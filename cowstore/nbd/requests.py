@@ -55,10 +55,17 @@ class Requests:
         self._start = self._end = 0  # what was received and not yet taken
         self._large: memoryview | None = None  # the payload of a write that the buffer cannot hold
         self._filled = 0
+        self._broken: ProtocolError | None = None  # found behind requests that were still to be done
         self._header: tuple[int, int, int, int, int] | None = None  # of that write
 
     def space(self) -> memoryview:
-        """Where the next bytes go; never empty."""
+        """Where the next bytes go; never empty.
+
+        Raises:
+            ProtocolError: The frame was lost behind the requests that were taken last.
+        """
+        if self._broken is not None:
+            raise self._broken
         if self._large is not None:
             return self._large[self._filled :]
         if self._start == self._end:
@@ -80,7 +87,8 @@ class Requests:
         """So many bytes have come into the space; returns the requests that are complete.
 
         Raises:
-            ProtocolError: The frame is lost, or a write is larger than any may be.
+            ProtocolError: The frame is lost, or a write is larger than any may be. Where requests came before,
+                they are returned, and the next space() raises it.
         """
         if self._large is not None:
             return self._received_large(count)
@@ -91,12 +99,12 @@ class Requests:
         while end - start >= _HEADER:
             magic, flags, kind, cookie, offset, length = unpack(buffer, start)
             if magic != wire.REQUEST_MAGIC:
-                raise ProtocolError("a request does not begin with its magic")
+                return self._break(requests, "a request does not begin with its magic")
             payload = _NOTHING
             after = start + _HEADER
             if kind == Command.WRITE:
                 if length > self._limit:
-                    raise ProtocolError(f"a write of {length} bytes, where {self._limit} are allowed")
+                    return self._break(requests, f"a write of {length} bytes, where {self._limit} are allowed")
                 if after + length > end:
                     if _HEADER + length > _BUFFER:
                         self._begin_large((flags, kind, cookie, offset, length), after)
@@ -107,6 +115,13 @@ class Requests:
             requests.append(Request(flags, kind, cookie, offset, length, payload))
             start = after
         self._start = start
+        return requests
+
+    def _break(self, requests: list[Request], reason: str) -> list[Request]:
+        """Whatever comes now makes no sense; what came before it does."""
+        self._broken = ProtocolError(reason)
+        if not requests:
+            raise self._broken
         return requests
 
     def _begin_large(self, header: tuple[int, int, int, int, int], after: int) -> None:

@@ -93,7 +93,7 @@ class Server:
             listener.close()
         deadline = time.monotonic() + self._limits.stop_seconds
         for channel in self._channels():
-            channel.hang_up()
+            channel.hang_up(self._limits.stop_seconds / 4)
         in_time = self._join(deadline)
         if not in_time:
             for channel in self._channels():

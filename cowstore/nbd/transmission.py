@@ -7,6 +7,7 @@ for later is copied. Durability is asked for when the lock is free again, since 
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -75,6 +76,7 @@ class Transmission:
         self._out: list[wire.Buffer] = []
         self._out_bytes = 0
         self._asked: list[Request] = []  # what is done, and is answered when it is durable
+        self._complained = -1.0  # when it last did
         self._free = threading.Semaphore(limits.flushes)
         self._handlers: dict[int, Callable[[Request], None]] = {
             Command.READ: self._read,
@@ -118,7 +120,7 @@ class Transmission:
         return True
 
     def _do(self, requests: list[Request], position: int) -> int:
-        """Does requests until their replies are enough to be sent, or took long enough; returns where it stopped."""
+        """Does requests until their replies, or the time they took, are enough; returns where it stopped."""
         handlers, counts = self._handlers, self._counters.requests
         clock = time.perf_counter
         until = clock() + self._limits.batch_seconds
@@ -126,6 +128,7 @@ class Transmission:
             request = requests[at]
             kind = request.type
             if kind == Command.DISC:
+                counts[kind] += 1
                 return at + 1
             handler = handlers.get(kind)
             if handler is None:
@@ -135,7 +138,7 @@ class Transmission:
             try:
                 handler(request)
             except Exception as error:  # noqa: BLE001 - the client gets its answer, whatever it is
-                self._fail(request, *_told(error))
+                self._fail(request, *self._told(error))
             if self._out_bytes > self._limits.batch_bytes or len(self._out) > _PARTS or clock() > until:
                 return at + 1
         return len(requests)
@@ -168,17 +171,28 @@ class Transmission:
         flusher = self._export.flusher
         assert flusher is not None
         self._free.acquire()
+        cookie = request.cookie  # and nothing more of it: what it wrote need not be kept until then
 
         def told(failure: Exception | None) -> None:
-            reply = wire.simple_reply(request.cookie)
+            reply = wire.simple_reply(cookie)
             if failure is not None:
                 self._durable.errors += 1
-                reply = self._failure(request.cookie, *_told(failure))
+                reply = self._failure(cookie, *self._told(failure))
             self._channel.post(reply)
             self._durable.took(time.perf_counter() - begun)
             self._free.release()
 
         flusher.ask(told)
+
+    def _told(self, error: Exception) -> tuple[Error, str]:
+        """What the client is told of a failure; what it cannot be blamed for goes to the log, once a second."""
+        if isinstance(error, Refused):
+            return error.error, str(error)
+        number, now = _number(error), time.monotonic()
+        if number in (Error.EIO, Error.ENOSPC) and now - self._complained > 1:
+            self._complained = now
+            _log.error("a request failed: %s", error, exc_info=not isinstance(error, (StoreError, OSError)))
+        return number, str(error)
 
     # Commands. Each is called under the disk's lock.
 
@@ -324,16 +338,14 @@ def _grow(descriptors: list[tuple[int, int]], extent: Extent, context: int, most
     return True
 
 
-def _told(error: Exception) -> tuple[Error, str]:
-    """What the client is told of a failure; what it cannot be blamed for goes to the log as well."""
-    if isinstance(error, Refused):
-        return error.error, str(error)
-    number = next((number for kind, number in _NUMBERS if isinstance(error, kind)), Error.EIO)
-    if number is Error.EIO:
-        _log.error("a request failed: %s", error, exc_info=not isinstance(error, (StoreError, OSError)))
-    return number, str(error)
+def _number(error: Exception) -> Error:
+    """The protocol's number for a failure."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return Error.ENOSPC
+    return next((number for kind, number in _NUMBERS if isinstance(error, kind)), Error.EIO)
 
 
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _NUMBERS: tuple[tuple[type[Exception], Error], ...] = (
     (NoSpaceError, Error.ENOSPC),
     (ReadOnlyError, Error.EPERM),

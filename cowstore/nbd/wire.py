@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
+STRING_BYTES = 4096  # of a string, at most
 Buffer = bytes | bytearray | memoryview
 
 # Handshake.
@@ -143,10 +144,15 @@ class Error(IntEnum):
     ESHUTDOWN = 108
 
 
+def text(message: str) -> bytes:
+    """A message as the specification wants strings: UTF-8, and not too long."""
+    return message.encode(errors="replace")[:STRING_BYTES].decode(errors="ignore").encode()
+
+
 def error_chunk(cookie: int, error: int, message: str) -> bytes:
     """The last chunk of a reply that says what went wrong."""
-    text = message.encode(errors="replace")[:4096]
-    return ERROR_CHUNK.pack(CHUNK_MAGIC, DONE, CHUNK_ERROR, cookie, 6 + len(text), error, len(text)) + text
+    said = text(message)
+    return ERROR_CHUNK.pack(CHUNK_MAGIC, DONE, CHUNK_ERROR, cookie, 6 + len(said), error, len(said)) + said
 
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:

@@ -1,0 +1,1 @@
+"""Programs that throw arbitrary bytes at the parts that take bytes from strangers."""

@@ -1,0 +1,262 @@
+"""FLUSH and FUA without a socket: answered when it is durable, not before, and by whom."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from cowstore.errors import ClosedError, NoSpaceError, PoisonedError
+from cowstore.nbd import Limits
+from cowstore.nbd import Request as Incoming
+from cowstore.nbd.exports import Export
+from cowstore.nbd.flusher import Flusher
+from tests.unit import nbd_messages as nbd
+from tests.unit.nbd_lines import Line, until
+from tests.unit.nbd_memory import BLOCK, MemoryDisk
+from tests.unit.nbd_messages import Request
+
+changing = pytest.mark.parametrize("kind", [nbd.WRITE, nbd.TRIM, nbd.WRITE_ZEROES])
+
+
+@pytest.fixture
+def disk() -> MemoryDisk:
+    return MemoryDisk(b"A" * 16 * BLOCK)
+
+
+@pytest.fixture
+def line(disk: MemoryDisk) -> Iterator[Line]:
+    one = Line(disk)
+    yield one
+    disk.may_flush.set()
+    disk.failures.clear()
+    one.close()
+
+
+def change(kind: int, cookie: int = 1, flags: int = nbd.FUA) -> Request:
+    return Request(kind, cookie, 0, BLOCK, flags, b"w" * BLOCK if kind == nbd.WRITE else b"")
+
+
+# ------------------------------------------------------------------------------------------- not before it is so
+
+
+@changing
+def test_fua_is_answered_after_the_flush_has_returned(line, disk, kind):
+    disk.may_flush.clear()
+    line.send(change(kind))
+    assert disk.flushing.wait(60)
+    assert line.answers() == []
+    disk.may_flush.set()
+    until(lambda: line.channel.late)
+    assert [answer.error for answer in line.answers()] == [0]
+    assert disk.durable == disk.content
+
+
+@changing
+def test_change_without_fua_is_answered_at_once(line, disk, kind):
+    disk.may_flush.clear()
+    line.send(change(kind, flags=0))
+    assert len(line.answers()) == 1
+    assert disk.count("flush") == 0
+
+
+def test_flush_is_answered_after_it_has_returned(line, disk):
+    disk.may_flush.clear()
+    line.send(change(nbd.WRITE, 1, 0), Request(nbd.FLUSH, 2))
+    assert [answer.request.cookie for answer in line.answers()] == [1]
+    assert disk.flushing.wait(60)
+    assert line.answers() == []
+    disk.may_flush.set()
+    until(lambda: line.channel.late)
+    assert [answer.request.cookie for answer in line.answers()] == [2]
+
+
+@pytest.mark.parametrize("kind", [nbd.READ, nbd.CACHE])
+def test_fua_means_nothing_where_nothing_changes(line, disk, kind):
+    assert line.error(Request(kind, 1, 0, 10, nbd.FUA)) == 0
+    assert disk.count("flush") == 0
+
+
+@pytest.mark.parametrize("last", [change(nbd.WRITE, 9), Request(nbd.FLUSH, 9)], ids=["fua", "flush"])
+def test_flush_covers_what_was_answered_before(line, disk, last):
+    for number in range(1, 9):
+        assert line.error(nbd.write(number * BLOCK, bytes([number]) * BLOCK, cookie=number)) == 0
+    assert line.error(last) == 0
+    assert disk.durable == disk.content
+
+
+def test_flush_that_runs_does_not_count_for_what_comes_meanwhile(line, disk):
+    disk.may_flush.clear()
+    line.send(Request(nbd.FLUSH, 1))
+    assert disk.flushing.wait(60)
+    line.send(*(change(nbd.WRITE, cookie) for cookie in range(2, 52)))
+    disk.may_flush.set()
+    until(lambda: len(line.channel.late) == 51)
+    assert disk.count("flush") == 2
+    assert disk.durable == disk.content
+
+
+def test_other_requests_go_on_during_a_flush(line, disk):
+    disk.may_flush.clear()
+    line.send(Request(nbd.FLUSH, 1))
+    assert disk.flushing.wait(60)
+    line.send(Request(nbd.READ, 2, 0, 10), change(nbd.WRITE, 3, 0))
+    assert [answer.request.cookie for answer in line.answers()] == [2, 3]
+
+
+def test_flush_on_one_connection_covers_the_other(disk):
+    export = Export(1, disk, writable=True)
+    one, other = Line(export=export), Line(export=export)
+    assert one.error(change(nbd.WRITE, 1, 0)) == 0
+    assert other.error(Request(nbd.FLUSH, 1)) == 0
+    assert disk.durable == disk.content
+    one.close()
+    other.close()
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+FAILURES = [
+    (NoSpaceError("/srv/store/segments"), nbd.ENOSPC, "no space left"),
+    (PoisonedError("fsync said EIO"), nbd.EIO, "fsync said EIO"),
+    (OSError(5, "Input/output error"), nbd.EIO, "Input/output error"),
+    (ClosedError("closed"), nbd.ESHUTDOWN, "closed"),
+    (ZeroDivisionError("a bug"), nbd.EIO, "a bug"),
+]
+
+
+@pytest.mark.parametrize(("failure", "error", "words"), FAILURES)
+@pytest.mark.parametrize("structured", [True, False])
+def test_flush_that_fails_is_told_to_everybody_who_waits(disk, failure, error, words, structured):
+    line = Line(disk, structured=structured)
+    disk.failures["flush"] = failure
+    answers = line.ask(Request(nbd.FLUSH, 1), change(nbd.WRITE, 2), change(nbd.TRIM, 3))
+    assert [answer.error for answer in answers] == [error] * 3
+    assert all((words in answer.message) == structured for answer in answers)
+    del disk.failures["flush"]
+    assert line.error(Request(nbd.FLUSH, 4)) == 0
+    assert line.metrics.sum().errors == 3
+    line.close()
+
+
+@pytest.mark.parametrize("failure", [PoisonedError("fsync said EIO"), OSError(5, "Input/output error")])
+def test_disk_that_fails_is_logged(line, disk, caplog, failure):
+    disk.failures["flush"] = failure
+    assert line.error(Request(nbd.FLUSH, 1)) == nbd.EIO
+    assert str(failure) in caplog.text
+
+
+def test_full_disk_is_logged(line, disk, caplog):
+    disk.failures["flush"] = NoSpaceError("/srv/store/segments")
+    assert line.error(Request(nbd.FLUSH, 1)) == nbd.ENOSPC
+    assert "no space left" in caplog.text
+
+
+def test_client_that_is_gone_when_its_answer_comes_is_dropped(line, disk):
+    disk.may_flush.clear()
+    line.send(Request(nbd.FLUSH, 1), Request(nbd.FLUSH, 2))
+    line.channel.broken = BrokenPipeError()
+    disk.may_flush.set()
+    until(lambda: line.channel.dropped == 2)
+
+
+# -------------------------------------------------------------------------------------------------------- bounds
+
+
+def test_further_flushes_wait_where_too_many_are_unanswered(disk):
+    line = Line(disk, limits=Limits(flushes=3))
+    disk.may_flush.clear()
+    sender = threading.Thread(target=line.send, args=[Request(nbd.FLUSH, number) for number in range(4)])
+    sender.start()
+    assert disk.flushing.wait(60)
+    sender.join(0.2)
+    assert sender.is_alive()
+    disk.may_flush.set()
+    sender.join()
+    until(lambda: len(line.channel.late) == 4)
+    line.close()
+
+
+def test_the_end_waits_for_every_answer(line, disk):
+    disk.may_flush.clear()
+    line.send(*(Request(nbd.FLUSH, number) for number in range(10)))
+    threading.Timer(0.1, disk.may_flush.set).start()
+    line.end()
+    assert len(line.answers()) == 10
+
+
+class Payload(bytearray):
+    """What a client writes; unlike bytearray it can be referred to weakly."""
+
+
+def test_what_was_written_is_not_kept_until_the_flush(line, disk):
+    disk.may_flush.clear()
+    kept = []
+    for cookie in range(20):
+        payload = Payload(BLOCK)
+        kept.append(weakref.ref(payload))
+        line.transmission.handle([Incoming(nbd.FUA, nbd.WRITE, cookie, 0, BLOCK, memoryview(payload))])
+        del payload
+    assert disk.flushing.wait(60)
+    assert sum(one() is not None for one in kept) <= 2
+
+
+# ------------------------------------------------------------------------------------------------------ flushers
+
+
+def test_flusher_has_no_thread_before_it_is_asked_and_none_after_its_end():
+    Flusher(lambda: None).close()
+    before = set(threading.enumerate())
+    flusher = Flusher(lambda: None)
+    assert set(threading.enumerate()) == before
+    told: list[object] = []
+    flusher.ask(told.append)
+    (thread,) = set(threading.enumerate()) - before
+    flusher.close()
+    assert told == [None]
+    assert not thread.is_alive()
+
+
+def test_flusher_answers_everything_before_it_ends():
+    told: list[object] = []
+    flusher = Flusher(lambda: None)
+    for _ in range(100):
+        flusher.ask(told.append)
+    flusher.close()
+    assert told == [None] * 100
+
+
+def test_flusher_that_is_asked_after_its_end_says_so():
+    told: list[object] = []
+    flusher = Flusher(lambda: None)
+    flusher.close()
+    flusher.ask(told.append)
+    flusher.close()
+    assert [type(one) for one in told] == [ClosedError]
+
+
+def test_many_ask_at_the_same_time_and_each_is_answered_by_a_flush_that_began_later():
+    begun, wrong = [0], []
+
+    def flush() -> None:
+        begun[0] += 1
+
+    flusher = Flusher(flush)
+
+    def ask() -> None:
+        for _ in range(200):
+            before, done = begun[0], threading.Event()
+            flusher.ask(lambda failure, done=done: done.set())  # type: ignore[misc]
+            assert done.wait(60)
+            if begun[0] == before:
+                wrong.append(before)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    flusher.close()
+    assert not wrong
