@@ -79,9 +79,9 @@ class _ReflinkAlone(click.Command):
 def export(
     session: Session, name: str, file: str, kind: str, force: bool, reflink: str, no_verify: bool, as_json: bool
 ) -> None:
-    """Write device NAME to FILE as a sparse raw disk, or in another format by qemu-img.
+    """Write device NAME to FILE, a sparse raw disk if nothing is said.
 
-    `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
+    Other formats are written by qemu-img, and count in sectors of 512 bytes. `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
     of a clone it holds the last flush.
     """
     if reflink == "always" and kind != "raw":

@@ -212,7 +212,7 @@ def complete(line: str, store: Path) -> list[str]:
 
 def test_completion_knows_commands_and_devices(run, stocked):
     run("clone", "debian", "desk-1", "desk-2")
-    assert complete("cowstore se", stocked) == ["seal"]
+    assert complete("cowstore se", stocked) == ["seal", "serve"]
     assert complete("cowstore show de", stocked) == ["debian", "desk-1", "desk-2"]
     assert complete("cowstore seal d", stocked) == ["desk-1", "desk-2"]
     assert complete("cowstore rm desk-1 desk-", stocked) == ["desk-1", "desk-2"]

@@ -203,6 +203,34 @@ def test_what_was_written_is_not_kept_until_the_flush(line, disk):
     assert sum(one() is not None for one in kept) <= 2
 
 
+def test_clone_whose_journal_grows_is_flushed_though_nobody_asks(disk):
+    line = Line(disk, limits=Limits(journal_bytes=10 * BLOCK))
+    for cookie in range(10):
+        assert line.error(change(nbd.WRITE, cookie, 0)) == 0
+    assert disk.count("flush") == 0
+    disk.may_flush.clear()
+    for cookie in range(10, 30):
+        assert line.error(change(nbd.WRITE, cookie, 0)) == 0
+    disk.may_flush.set()
+    until(lambda: disk.count("flush"))
+    line.close()
+    assert disk.count("flush") <= 3  # and not one for each write that came while it ran
+    assert line.channel.late == []
+
+
+def test_flush_that_nobody_asked_for_and_that_fails_is_logged_and_tried_again(disk, caplog):
+    line = Line(disk, limits=Limits(journal_bytes=BLOCK))
+    disk.failures["flush"] = NoSpaceError("/srv/store")
+    for cookie in range(3):
+        assert line.error(change(nbd.WRITE, cookie, 0)) == 0
+        disk.journal_size = 2 * BLOCK
+    until(lambda: "no space left" in caplog.text)
+    del disk.failures["flush"]
+    tried = disk.count("flush")
+    until(lambda: line.error(change(nbd.WRITE, 9, 0)) == 0 and disk.count("flush") > tried)
+    line.close()
+
+
 # ------------------------------------------------------------------------------------------------------ flushers
 
 

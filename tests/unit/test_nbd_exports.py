@@ -58,6 +58,25 @@ def test_device_that_got_another_name_is_the_same(devices):
     exports.release(second)
 
 
+def test_name_that_is_given_to_another_device_at_this_moment(devices, monkeypatch):
+    """Between looking and opening: the other one is closed, and it is looked at once more."""
+    exports, opening, turns = Exports(devices), devices.device, iter(["other", "desk"])
+    monkeypatch.setattr(devices, "device", lambda name: opening(next(turns)))
+    export = exports.acquire("desk")
+    assert export.disk.info.number == devices.info("desk").number
+    assert devices.open_names == ["desk"]
+    exports.release(export)
+
+
+def test_name_that_is_given_to_another_device_all_the_time(devices, monkeypatch):
+    exports, opening = Exports(devices), devices.device
+    monkeypatch.setattr(devices, "device", lambda name: opening("other"))
+    with pytest.raises(InUseError, match="desk"):
+        exports.acquire("desk")
+    assert devices.open_names == []
+    assert exports.open_count() == 0
+
+
 def test_opening_that_fails_leaves_nothing_behind(devices):
     exports = Exports(devices)
     devices.failures["desk"] = InUseError("clone 'desk'", 4711)

@@ -67,6 +67,31 @@ def test_flush_that_runs_is_waited_for(devices, tmp_path, apart):
         assert client.answer(flush).error == 0
 
 
+LOST = pytest.mark.xfail(
+    strict=True,
+    raises=GoneError,
+    reason="BUG: what was posted and has not gone out yet is lost when the connection ends",
+)
+
+
+@LOST
+@pytest.mark.parametrize("by", ["disc", "stop"])
+def test_answers_of_flushes_reach_a_client_that_reads_late(devices, tmp_path, apart, by):
+    with serving(devices, tmp_path) as served:
+        client = served.open("desk", structured=False)
+        client.send_many(*(client.pending(nbd.FLUSH) for _ in range(3000)))
+        until(lambda: served.server.metrics.sum().requests[nbd.FLUSH] == 3000)
+        if by == "disc":
+            client.sock.sendall(nbd.Request(nbd.DISC).encode())
+            until(lambda: served.server.metrics.sum().requests[nbd.DISC] == 1)
+        else:
+            apart.submit(served.server.stop)
+            until(lambda: "cowstore-nbd" not in threads())
+        time.sleep(0.3)  # in which the server must not have left
+        assert {client.receive().error for _ in range(3000)} == {0}
+        assert client.wait_for_end() == b""
+
+
 def test_unflushed_writes_are_flushed_and_the_clone_is_given_back(store, path):
     store.create("desk", MIB).close()
     with serving(store, path.parent) as served:

@@ -125,6 +125,10 @@ def test_many_requests_in_flight(served, papers):
         assert {answer.data for answer in answers} - {b""} == {bytes([turn]) * BLOCK}
 
 
+def test_address_says_that_tls_is_required(served):
+    assert served.server.uris == [f"nbds://127.0.0.1:{served.place[1]}/"]
+
+
 def test_over_a_unix_socket(devices, tmp_path, context, papers):
     with serving(devices, tmp_path, tls=context) as served:
         assert secure(served, papers).exports() == ["base", "desk"]

@@ -357,6 +357,22 @@ def test_replies_are_sent_in_batches_while_the_disk_is_held(line):
     assert max(late - early for early, late in pairwise(before)) <= 6 << 18
 
 
+def test_requests_that_take_long_are_several_batches(line):
+    one = line(limits=Limits(batch_seconds=0.0))
+    steps = watched(one)
+    answers = one.ask(*(request(nbd.READ, number, 1, cookie=number) for number in range(20)))
+    assert [answer.request.cookie for answer in answers] == list(range(20))
+    assert len(steps) == 20
+
+
+def test_client_that_was_dropped_is_done_nothing_more_for(line):
+    one = line()
+    one.channel.drop()
+    with pytest.raises(ConnectionError):
+        one.send(request(nbd.WRITE))
+    assert one.disk.count("pwrite") == 0
+
+
 def test_many_small_replies_are_several_batches(line):
     one = line()
     steps = watched(one)
