@@ -79,7 +79,7 @@ class _ReflinkAlone(click.Command):
 def export(
     session: Session, name: str, file: str, kind: str, force: bool, reflink: str, no_verify: bool, as_json: bool
 ) -> None:
-    """Write device NAME to FILE, a sparse raw disk if nothing is said.
+    """Write device NAME to FILE, by default a sparse raw disk.
 
     Other formats are written by qemu-img, and count in sectors of 512 bytes. `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
     of a clone it holds the last flush.
