@@ -80,10 +80,9 @@ def test_answers_of_flushes_reach_a_client_that_reads_late(devices, tmp_path, ap
     with serving(devices, tmp_path) as served:
         client = served.open("desk", structured=False)
         client.send_many(*(client.pending(nbd.FLUSH) for _ in range(3000)))
-        until(lambda: served.server.metrics.sum().requests[nbd.FLUSH] == 3000)
+        until(lambda: served.server.metrics.sum().requests[nbd.FLUSH])
         if by == "disc":
             client.sock.sendall(nbd.Request(nbd.DISC).encode())
-            until(lambda: served.server.metrics.sum().requests[nbd.DISC] == 1)
         else:
             apart.submit(served.server.stop)
             until(lambda: "cowstore-nbd" not in threads())
