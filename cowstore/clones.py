@@ -178,6 +178,20 @@ class Clone(Device):
         if self._journal is not None:
             self._journal.is_kept = True
 
+    def defer_records(self, deferred: bool) -> None:
+        """Has the journal wait for record(), for who answers many writes at once and holds the clone steady."""
+        if self._journal is not None:
+            self._journal.is_deferred = deferred
+
+    def record(self) -> None:
+        """Records the writes that waited, all or none.
+
+        Raises:
+            NoSpaceError: There is no room; none of them may be answered as done.
+        """
+        if self._journal is not None:
+            self._journal.record()
+
     @property
     def journal_size(self) -> int:
         """Bytes that the journal holds of writes since the last flush began."""

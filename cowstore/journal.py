@@ -48,12 +48,15 @@ class Journal:
 
     Attributes:
         is_kept: Whether changes are recorded.
+        is_deferred: Whether that waits for record().
         size: Bytes recorded since the last flush began.
     """
 
     def __init__(self, disk: Disk, directory: Path, number: int) -> None:
         self.is_kept = False
+        self.is_deferred = False
         self.size = 0
+        self._waiting: list[Buffer] = []
         self._disk = disk
         self._directory = directory
         self._number = number
@@ -82,17 +85,29 @@ class Journal:
     def wrote(self, data: Buffer, offset: int) -> None:
         """Records a write."""
         if self.is_kept:
-            self._append([CHANGE.pack(layout.JOURNAL_DATA, offset, len(data)), data])
+            self._add([CHANGE.pack(layout.JOURNAL_DATA, offset, len(data)), data])
 
     def zeroed(self, length: int, offset: int) -> None:
         """Records that a range became zeros."""
         if self.is_kept:
-            self._append([CHANGE.pack(layout.JOURNAL_ZEROS, offset, length)])
+            self._add([CHANGE.pack(layout.JOURNAL_ZEROS, offset, length)])
 
     def resized(self, size: int) -> None:
         """Records another size."""
         if self.is_kept:
-            self._append([CHANGE.pack(layout.JOURNAL_SIZE, size, 0)])
+            self._add([CHANGE.pack(layout.JOURNAL_SIZE, size, 0)])
+
+    def _add(self, buffers: list[Buffer]) -> None:
+        if self.is_deferred:
+            self._waiting += buffers
+        else:
+            self._append(buffers)
+
+    def record(self) -> None:
+        """Records what waits in one write, since many small ones cost twice as much; all of it, or none."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._append(waiting)
 
     def _append(self, buffers: list[Buffer]) -> None:
         """Adds to the file, all or nothing: half a change would hide what comes behind it."""
@@ -126,6 +141,7 @@ class Journal:
 
     def turn(self) -> None:
         """A flush begins: what was recorded until now is in it, what comes goes into another file."""
+        self.record()
         file, self._file, self.size = self._file, None, 0
         if file is not None:
             file.close()

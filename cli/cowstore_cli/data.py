@@ -81,8 +81,8 @@ def export(
 ) -> None:
     """Write device NAME to FILE, by default a sparse raw disk.
 
-    Other formats are written by qemu-img, and count in sectors of 512 bytes. `-` writes standard output. The file appears under its name only when it is whole, readable by its owner only;
-    of a clone it holds the last flush.
+    Other formats are written by qemu-img, and count in sectors of 512 bytes. `-` writes standard output. The file
+    appears under its name only when it is whole, readable by its owner only; of a clone it holds the last flush.
     """
     if reflink == "always" and kind != "raw":
         raise click.UsageError(f"a {kind} file cannot share space with the store; leave --reflink or --format")

@@ -93,6 +93,14 @@ class WritableDisk(Disk, Protocol):
         """From now on what is written survives the death of this process."""
         ...
 
+    def defer_records(self, deferred: bool) -> None:
+        """Has the journal wait for record(); for whoever holds the disk steady."""
+        ...
+
+    def record(self) -> None:
+        """Records the writes that waited, all or none."""
+        ...
+
     @property
     def journal_size(self) -> int:
         """Bytes that the journal holds of writes since the last flush began."""

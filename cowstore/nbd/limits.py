@@ -35,7 +35,7 @@ class Limits:
     payload_bytes: int = 32 * MIB
     batch_bytes: int = 2 * MIB
     batch_seconds: float = 0.005
-    journal_bytes: int = 64 * MIB
+    journal_bytes: int = 128 * MIB
     flushes: int = 128
     send_seconds: float = 60.0
     stop_seconds: float = 10.0

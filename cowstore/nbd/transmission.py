@@ -100,7 +100,7 @@ class Transmission:
             if self._channel.is_dropped:
                 raise ConnectionAbortedError("the connection was dropped")
             with self._disk.steady():
-                stop = self._do(requests, position)
+                stop = self._do_recorded(requests, position)
                 rest = self._channel.start(self._out) if self._out else ()
                 if rest and self._export.writable:
                     rest = [b"".join(rest)]  # without the lock views change, and a slow client must not keep it
@@ -118,6 +118,25 @@ class Transmission:
             if requests[stop - 1].type == Command.DISC:
                 return False
         return True
+
+    def _do_recorded(self, requests: list[Request], position: int) -> int:
+        """Does requests, and records what they changed in one go before any of them is answered.
+
+        Where there is no room for all, they are done again one by one, so that each gets an answer of its own.
+        """
+        if not self._export.writable:
+            return self._do(requests, position)
+        self._disk.defer_records(True)
+        try:
+            stop = self._do(requests, position)
+            self._disk.record()
+        except (StoreError, OSError):
+            self._out, self._out_bytes, self._asked = [], 0, []
+        else:
+            return stop
+        finally:
+            self._disk.defer_records(False)
+        return self._do(requests, position)
 
     def _do(self, requests: list[Request], position: int) -> int:
         """Does requests until their replies, or the time they took, are enough; returns where it stopped."""

@@ -66,6 +66,8 @@ class MemoryDisk:
         self.flushing = threading.Event()
         self.may_flush = threading.Event()
         self.may_flush.set()
+        self.deferred = False
+        self.on_record: Callable[[], object] = lambda: None
         self._own: set[int] = set()
         self._lock = threading.RLock()
 
@@ -129,6 +131,14 @@ class MemoryDisk:
 
     def keep_journal(self) -> None:
         self._called("keep_journal")
+
+    def defer_records(self, deferred: bool) -> None:
+        self.deferred = deferred
+
+    def record(self) -> None:
+        self.on_record()
+        if "record" in self.failures:
+            raise self.failures["record"]
 
     def pwrite(self, data: bytes | memoryview, offset: int) -> int:
         self._called("pwrite", len(data), offset)

@@ -266,3 +266,41 @@ def test_a_clone_that_nobody_serves_has_none(store, clone, path):
         device.pwrite(random.Random(1).randbytes(BLOCK), 0)
         assert device.journal_size == 0
         assert not (path / "journals").exists()
+
+
+def test_deferred_changes_are_recorded_together(store, clone, path):
+    with opened(store) as device:
+        device.keep_journal()
+        device.defer_records(True)
+        device.pwrite(b"one", 0)
+        device.zero(2, 1)
+        assert files(path) == []
+        device.record()
+        device.defer_records(False)
+        device.pwrite(b"two", 50)
+        found = [(offset, data) for _, offset, _, data in store._journals.of(device.info.number).left()]
+        assert found == [(0, b"one"), (1, b""), (50, b"two")]
+
+
+def test_a_flush_records_what_waits_first(store, clone, path):
+    """Or it would be recorded behind the turn, and done again over what came later."""
+    with opened(store) as device:
+        device.keep_journal()
+        device.defer_records(True)
+        device.pwrite(b"waits", 0)
+        device.flush()
+        device.defer_records(False)
+        assert files(path) == []
+        assert device.journal_size == 0
+
+
+def test_what_cannot_be_recorded_together_waits_no_more(path):
+    with cowstore.open(path, create=True, _disk=FullDisk()) as store:
+        clone = store.create("clone", SIZE)
+        clone.keep_journal()
+        clone.defer_records(True)
+        clone.pwrite(bytes(range(256)) * 16, 0)
+        with pytest.raises(NoSpaceError):
+            clone.record()
+        clone.record()
+        assert list(store._journals.of(clone.info.number).left()) == []

@@ -288,3 +288,23 @@ def test_many_ask_at_the_same_time_and_each_is_answered_by_a_flush_that_began_la
         thread.join()
     flusher.close()
     assert not wrong
+
+
+# ------------------------------------------------------------------------------------------------- the journal
+
+
+def test_what_a_batch_writes_is_recorded_before_it_is_answered(line, disk):
+    seen = []
+    disk.on_record = lambda: seen.append((disk.count("pwrite"), bytes(line.channel.everything)))
+    line.send(change(nbd.WRITE, 1, flags=0), change(nbd.WRITE, 2, flags=0))
+    assert seen == [(2, b"")]
+    assert [answer.error for answer in line.answers()] == [0, 0]
+
+
+def test_where_they_cannot_be_recorded_together_each_has_its_own_answer(line, disk):
+    """They are done again, one by one; what was to be answered before is forgotten."""
+    disk.failures["record"] = NoSpaceError("/srv/store/journals")
+    line.send(change(nbd.WRITE, 1, flags=0), Request(nbd.READ, 2, 0, BLOCK), change(nbd.TRIM, 3, flags=0))
+    assert len(line.answers()) == 3
+    assert disk.count("pwrite") == 2
+    assert disk.deferred is False
