@@ -42,7 +42,7 @@ format: $(VENV)/.dev  ## Format the code
 venv: $(VENV)/.dev  ## Make the development environment in .venv
 
 clean:  ## Remove what the verbs made
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps, so that the demonstration does not wait for tools that it has no use for.

@@ -34,7 +34,7 @@ DOCUMENTED = re.compile(
     r"|an option of \d+ bytes"
     r"|more than 16 options"
     r"|no export for EXPORT_NAME: .*"
-    r"|TLS is required here"
+    r"|TLS is required here(, and the client's handshake is too old for it)?"
     r"|a request does not begin with its magic"
     r"|a write of \d+ bytes, where 1048576 are allowed",
     re.DOTALL,
