@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .wire import Buffer
 
@@ -20,6 +20,7 @@ _PARTS = 1024  # of one sendmsg: IOV_MAX on Linux
 _LOOK = 100e-6  # seconds that the next request is looked for; QEMU's own event loop looks for up to 32e-6
 _CROWDED = 20e-6  # seconds that one look takes only where others are at work
 Parts = Sequence[Buffer]
+_Reply = tuple[Buffer, Callable[[], object]]
 
 
 class Channel:
@@ -33,7 +34,7 @@ class Channel:
         self._sock = sock
         self._turn = threading.Lock()
         self._keeps_turn = False
-        self._posted: deque[Buffer] = deque()
+        self._posted: deque[_Reply] = deque()
         self.is_dropped = False
         self._ending = 0.0  # of time.monotonic(), when the server stops
         self._is_busy = False  # whether the last request came soon
@@ -118,41 +119,51 @@ class Channel:
         with self._turn:
             self._send_all(self._encode([data]))
 
-    def post(self, data: Buffer) -> None:
+    def post(self, data: Buffer, sent: Callable[[], object] = lambda: None) -> None:
         """Has a small reply sent as soon as it is its turn; from any thread, and it never waits.
 
         A client that does not read gets a thread that waits for it, so that the flusher, which others wait for,
         need not.
+
+        Args:
+            data: The reply.
+            sent: Called when it has gone out, or never will.
         """
-        self._posted.append(data)
+        self._posted.append((data, sent))
         self._send_posted()
 
     def _send_posted(self) -> None:
         """Sends what was posted, unless somebody has the turn: he does it when he gives it up."""
         while self._posted and self._turn.acquire(blocking=False):
+            replies = [self._posted.popleft() for _ in range(len(self._posted))]
+            rest: Parts = ()
             try:
-                rest = self._send_some(self._encode(self._take_posted()))
-            except OSError:
-                self.drop()  # its own thread finds out
-                rest = ()
-            if rest:
-                threading.Thread(target=self._send_rest, args=(rest,), name="cowstore-sender", daemon=True).start()
-                return  # it has the turn now
-            self._turn.release()
+                rest = self._send_some(self._encode([data for data, _ in replies]))
+                if rest:
+                    sender = threading.Thread(target=self._send_rest, args=(rest, replies), name="cowstore-sender")
+                    sender.daemon = True
+                    sender.start()
+                    return  # it has the turn now
+            except (OSError, RuntimeError):  # it is gone, or no thread can be had; its own thread finds out
+                self.drop()
+            self._end_turn(replies)
 
-    def _take_posted(self) -> list[Buffer]:
-        found = []
-        while self._posted:
-            found.append(self._posted.popleft())
-        return found
-
-    def _send_rest(self, rest: Parts) -> None:
+    def _send_rest(self, rest: Parts, replies: Sequence[_Reply]) -> None:
         try:
             self._send_all(rest)
         except OSError:
             self.drop()
-        finally:
-            self._turn.release()
+        self._end_turn(replies)
+        self._send_posted()
+
+    def _end_turn(self, replies: Sequence[_Reply]) -> None:
+        self._turn.release()
+        for _, sent in replies:
+            sent()
+
+    def _give_turn(self) -> None:
+        """Gives the turn up, and sends what was posted meanwhile, or it would stay where it is."""
+        self._turn.release()
         self._send_posted()
 
     def start(self, parts: Parts) -> Parts:
@@ -165,12 +176,11 @@ class Channel:
         try:
             rest = self._send_some(self._encode(parts))
         except BaseException:
-            self._turn.release()
+            self._give_turn()
             raise
         self._keeps_turn = bool(rest)
         if not rest:
-            self._turn.release()
-            self._send_posted()
+            self._give_turn()
         return rest
 
     def finish(self, rest: Parts) -> None:
@@ -181,8 +191,7 @@ class Channel:
             self._send_all(rest if self._keeps_turn else self._encode(rest))
         finally:
             self._keeps_turn = False
-            self._turn.release()
-        self._send_posted()
+            self._give_turn()
 
     def _encode(self, parts: Parts) -> Parts:
         """The parts as they go over the wire; whoever has the turn calls it, once for each part."""

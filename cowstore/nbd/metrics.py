@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .wire import Command
 
@@ -33,6 +33,15 @@ class Counters:
     written_bytes: int = 0
     latencies: list[int] = field(default_factory=lambda: [0] * (len(LATENCIES) + 1))
     seconds: float = 0.0
+
+    def copy(self) -> Counters:
+        """What was counted until now."""
+        return replace(self, requests=self.requests[:], latencies=self.latencies[:])
+
+    def restore(self, before: Counters) -> None:
+        """Forgets what was counted since a copy was made."""
+        self.requests[:] = before.requests
+        self.errors, self.read_bytes, self.written_bytes = before.errors, before.read_bytes, before.written_bytes
 
     def took(self, seconds: float, count: int = 1) -> None:
         """So many requests took so long each, from their arrival to the reply."""

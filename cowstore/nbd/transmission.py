@@ -127,11 +127,13 @@ class Transmission:
         if not self._export.writable:
             return self._do(requests, position)
         self._disk.defer_records(True)
+        before = self._counters.copy()
         try:
             stop = self._do(requests, position)
             self._disk.record()
         except (StoreError, OSError):
             self._out, self._out_bytes, self._asked = [], 0, []
+            self._counters.restore(before)
         else:
             return stop
         finally:
@@ -197,9 +199,8 @@ class Transmission:
             if failure is not None:
                 self._durable.errors += 1
                 reply = self._failure(cookie, *self._told(failure))
-            self._channel.post(reply)
             self._durable.took(time.perf_counter() - begun)
-            self._free.release()
+            self._channel.post(reply, self._free.release)
 
         flusher.ask(told)
 

@@ -277,13 +277,14 @@ class MemoryChannel(Channel):
     def send(self, data: bytes | bytearray | memoryview) -> None:
         raise AssertionError("only the handshake waits for its turn")
 
-    def post(self, data: bytes | bytearray | memoryview) -> None:
+    def post(self, data: bytes | bytearray | memoryview, sent: Callable[[], object] = lambda: None) -> None:
         self.watch("post")
         if self.broken is not None:
             self.drop()
-            return
-        self.late.append(bytes(data))
-        self._put(bytes(data))
+        else:
+            self.late.append(bytes(data))
+            self._put(bytes(data))
+        sent()
 
     def drop(self) -> None:
         self.dropped += 1

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -70,6 +71,23 @@ class Command:
         return self.process.returncode, out, errors
 
 
+@contextmanager
+def signals_not_ignored() -> Iterator[None]:
+    """Programs inherit what is ignored, and these tests may run under `nohup` or in the background of a shell."""
+    ignored = [
+        number
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is signal.SIG_IGN
+    ]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture
 def start(place: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts the command; by default its runtime directory is `run`."""
@@ -80,7 +98,9 @@ def start(place: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
         env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "run"), **settings.pop("env", {})}
         line = [sys.executable, *before, "--store", str(place), "serve", *words]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-        made.append(Command(subprocess.Popen(line, env=env, text=True, **streams)))
+        with signals_not_ignored():
+            process = subprocess.Popen(line, env=env, text=True, **streams)
+        made.append(Command(process))
         return made[-1]
 
     yield begin

@@ -162,9 +162,6 @@ def test_posting_to_a_client_that_is_gone_drops_it(pair):
     assert channel.is_dropped
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="BUG: where no thread can be had the turn is kept for ever"
-)
 def test_turn_is_given_back_where_no_thread_can_be_had(pair, monkeypatch):
     channel, _ = pair
     begin = threading.Thread.start

@@ -228,9 +228,6 @@ def test_writes_that_are_announced_take_no_memory_before_they_come(devices, tmp_
         assert resident_bytes() - before < 64 * MIB  # of the 384 MiB that were announced
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: post() puts no bound on what a client leaves unread, Limits.flushes either"
-)
 def test_flushes_without_end_whose_answers_are_not_received(devices, tmp_path):
     """The server takes no more of them than its limit, and than sockets hold of the answers."""
     with serving(devices, tmp_path) as served:

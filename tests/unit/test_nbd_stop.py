@@ -67,14 +67,6 @@ def test_flush_that_runs_is_waited_for(devices, tmp_path, apart):
         assert client.answer(flush).error == 0
 
 
-LOST = pytest.mark.xfail(
-    strict=True,
-    raises=GoneError,
-    reason="BUG: what was posted and has not gone out yet is lost when the connection ends",
-)
-
-
-@LOST
 @pytest.mark.parametrize("by", ["disc", "stop"])
 def test_answers_of_flushes_reach_a_client_that_reads_late(devices, tmp_path, apart, by):
     with serving(devices, tmp_path) as served:
