@@ -11,6 +11,7 @@ from .catalog import DeviceInfo, check_size
 from .devices import Device
 from .digest import BLOCK_SIZE
 from .errors import PoisonedError
+from .files import boot_id
 from .journal import Change, Journal
 from .layout import JOURNAL_DATA, JOURNAL_ZEROS, DeviceRecord, Root
 from .publisher import Publisher, Workshop
@@ -72,7 +73,7 @@ class Clone(Device):
             else:
                 self._put(view, offset)
             if self._journal is not None:
-                self._journal.wrote(view, offset)
+                self._journal.wrote(view, offset, self._size)
         return len(view)
 
     def zero(self, length: int, offset: int) -> None:
@@ -81,7 +82,7 @@ class Clone(Device):
             self._admit(length, offset)
             self._zero(length, offset)
             if self._journal is not None:
-                self._journal.zeroed(length, offset)
+                self._journal.zeroed(length, offset, self._size)
 
     def _zero(self, length: int, offset: int) -> None:
         """Whole blocks become holes, and the rest is written."""
@@ -175,7 +176,7 @@ class Clone(Device):
         Whoever opens the clone for writing next finds it there. A write costs a copy more; one that cannot be
         recorded raises NoSpaceError.
         """
-        if self._journal is not None:
+        if self._journal is not None and any(boot_id()):  # where boots look alike, an old one could be done again
             self._journal.is_kept = True
 
     def defer_records(self, deferred: bool) -> None:
@@ -351,9 +352,9 @@ class Clone(Device):
             self._epoch += 1
             if release is not None:
                 self._dirty.clear()
-                if self._journal is not None:
-                    self._journal.close()
                 try:
+                    if self._journal is not None:
+                        self._journal.close()
                     self._publisher.close()
                 finally:
                     release()

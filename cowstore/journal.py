@@ -22,6 +22,7 @@ from .errors import NoSpaceError
 from .files import Disk, File, boot_id
 from .layout import CHANGE
 
+_KINDS = frozenset((layout.JOURNAL_DATA, layout.JOURNAL_ZEROS, layout.JOURNAL_SIZE))
 Change = tuple[int, int, int, bytes]
 """What was done: layout's JOURNAL_ kind, offset and length in bytes, and the bytes that were written."""
 
@@ -57,6 +58,7 @@ class Journal:
         self.is_deferred = False
         self.size = 0
         self._waiting: list[Buffer] = []
+        self._device_size = 0
         self._disk = disk
         self._directory = directory
         self._number = number
@@ -82,19 +84,22 @@ class Journal:
 
     # Recording.
 
-    def wrote(self, data: Buffer, offset: int) -> None:
-        """Records a write."""
+    def wrote(self, data: Buffer, offset: int, size: int) -> None:
+        """Records a write to a device of so many bytes."""
         if self.is_kept:
+            self._device_size = size
             self._add([CHANGE.pack(layout.JOURNAL_DATA, offset, len(data)), data])
 
-    def zeroed(self, length: int, offset: int) -> None:
-        """Records that a range became zeros."""
+    def zeroed(self, length: int, offset: int, size: int) -> None:
+        """Records that a range of a device of so many bytes became zeros."""
         if self.is_kept:
+            self._device_size = size
             self._add([CHANGE.pack(layout.JOURNAL_ZEROS, offset, length)])
 
     def resized(self, size: int) -> None:
         """Records another size."""
         if self.is_kept:
+            self._device_size = size
             self._add([CHANGE.pack(layout.JOURNAL_SIZE, size, 0)])
 
     def _add(self, buffers: list[Buffer]) -> None:
@@ -114,8 +119,11 @@ class Journal:
         file = self._file or self._begin()
         try:
             file.write_many(buffers, self.size)
-        except (OSError, NoSpaceError):
-            file.truncate(self.size)
+        except BaseException:
+            try:
+                file.truncate(self.size)
+            except (OSError, NoSpaceError):
+                self.turn()  # nothing more goes behind what is broken; the next flush takes the rest along
             raise
         self.size += sum(map(len, buffers))
 
@@ -127,7 +135,9 @@ class Journal:
         path = self._path(self._generation + 1)
         file = self._disk.open(path, write=True, exclusive=True)
         try:
+            # The size comes first: what is done again may have been cut off, or not yet be there.
             head = layout.encode_journal_header(boot_id(), self._number)
+            head += CHANGE.pack(layout.JOURNAL_SIZE, self._device_size, 0)
             file.write_at(head, 0)
         except BaseException:
             file.close()
@@ -144,8 +154,10 @@ class Journal:
         self.record()
         file, self._file, self.size = self._file, None, 0
         if file is not None:
+            self._turned.append(
+                file.path
+            )  # first: a file that is forgotten would be done again over later flushes
             file.close()
-            self._turned.append(file.path)
 
     def covered(self) -> None:
         """The flush is published: what was recorded before it began is needed no more."""
@@ -169,6 +181,8 @@ class Journal:
             at, end = len(head), file.size()
             while at + CHANGE.size <= end:
                 kind, offset, length = CHANGE.unpack(file.read_at(CHANGE.size, at))
+                if kind not in _KINDS:
+                    return
                 at += CHANGE.size
                 payload = length if kind == layout.JOURNAL_DATA else 0
                 if at + payload > end:
@@ -181,9 +195,9 @@ class Journal:
     def drop(self) -> None:
         """Removes everything, oldest first: what was recorded is not wanted, or is flushed."""
         self.close()
-        self._turned = []
         for generation in self._generations():
             self._disk.unlink(self._path(generation))
+        self._turned = []
 
     def close(self) -> None:
         """Closes the file and leaves it there; harmless when done twice."""

@@ -94,10 +94,11 @@ class Lineage:
             number = catalog.find(snapshot, name, CLONE).number
         lease = self._leases.take(number, f"clone {name!r}", exclusive=True)
         try:
-            self._journals.of(number).drop()  # before: what it holds must not be done again afterwards
             with self._environment.write() as writer:
                 record = catalog.living(writer, number, name)
-                return catalog.describe(writer, catalog.save(writer, replace(record, root=record.base)))
+                info = catalog.describe(writer, catalog.save(writer, replace(record, root=record.base)))
+                self._journals.of(number).drop()  # just before: what it holds must not be done again afterwards
+                return info
         finally:
             lease.close()
 

@@ -144,14 +144,14 @@ class Channel:
                     sender.daemon = True
                     sender.start()
                     return  # it has the turn now
-            except (OSError, RuntimeError):  # it is gone, or no thread can be had; its own thread finds out
+            except Exception:  # noqa: BLE001 - it is gone, or there is no thread or memory; its own thread finds out
                 self.drop()
             self._end_turn(replies)
 
     def _send_rest(self, rest: Parts, replies: Sequence[_Reply]) -> None:
         try:
             self._send_all(rest)
-        except OSError:
+        except Exception:  # noqa: BLE001 - as above
             self.drop()
         self._end_turn(replies)
         self._send_posted()

@@ -170,7 +170,11 @@ class Export:
         """Has the clone flushed, though nobody asks for it, where its journal holds more bytes than the limit."""
         if self.flusher is not None and self.disk.journal_size > limit and not self._is_relieving:
             self._is_relieving = True
-            self.flusher.ask(self._relieved)
+            try:
+                self.flusher.ask(self._relieved)
+            except BaseException:
+                self._is_relieving = False
+                raise
 
     def _relieved(self, failure: Exception | None) -> None:
         self._is_relieving = False
@@ -179,9 +183,11 @@ class Export:
 
     def close(self) -> None:
         """Flushes and gives the device back."""
-        if self.flusher is not None:
-            self.flusher.close()
-        self.disk.close()
+        try:
+            if self.flusher is not None:
+                self.flusher.close()
+        finally:
+            self.disk.close()
 
 
 class _Place:

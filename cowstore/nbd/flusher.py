@@ -36,8 +36,9 @@ class Flusher:
         with self._lock:
             if not self._ended:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="cowstore-flusher", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="cowstore-flusher", daemon=True)
+                    thread.start()
+                    self._thread = thread
                 self._asked.put(told)
                 return
         told(ClosedError("the device is closed", hint="connect again"))

@@ -202,7 +202,11 @@ class Transmission:
             self._durable.took(time.perf_counter() - begun)
             self._channel.post(reply, self._free.release)
 
-        flusher.ask(told)
+        try:
+            flusher.ask(told)
+        except BaseException:  # no thread can be had: the client is dropped, but must not be waited for
+            self._free.release()
+            raise
 
     def _told(self, error: Exception) -> tuple[Error, str]:
         """What the client is told of a failure; what it cannot be blamed for goes to the log, once a second."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import cowstore
-from cowstore import NoSpaceError, PoisonedError, journal
+from cowstore import NoSpaceError, PoisonedError, catalog, journal
 from cowstore.files import Disk, File
-from cowstore.layout import CHANGE
+from cowstore.layout import CHANGE, JOURNAL_SIZE
 
 BLOCK = 4096
 SIZE = 64 * BLOCK + 100
@@ -232,7 +232,8 @@ def test_a_write_that_cannot_be_recorded_is_refused_and_hides_nothing(path, take
             clone.pwrite(bytes(range(256)) * 16, BLOCK)
         clone.pwrite(b"fits too", 100)
         found = list(store._journals.of(clone.info.number).left())
-        assert [(offset, data) for _, offset, _, data in found] == [(0, b"fits"), (100, b"fits too")]
+        changes = [(offset, data) for kind, offset, _, data in found if kind != JOURNAL_SIZE]
+        assert changes == [(0, b"fits"), (100, b"fits too")]
 
 
 @pytest.mark.parametrize("failure", [NoSpaceError("segments"), PoisonedError("sync")])
@@ -278,7 +279,8 @@ def test_deferred_changes_are_recorded_together(store, clone, path):
         device.record()
         device.defer_records(False)
         device.pwrite(b"two", 50)
-        found = [(offset, data) for _, offset, _, data in store._journals.of(device.info.number).left()]
+        left = store._journals.of(device.info.number).left()
+        found = [(offset, data) for kind, offset, _, data in left if kind != JOURNAL_SIZE]
         assert found == [(0, b"one"), (1, b""), (50, b"two")]
 
 
@@ -303,4 +305,82 @@ def test_what_cannot_be_recorded_together_waits_no_more(path):
         with pytest.raises(NoSpaceError):
             clone.record()
         clone.record()
-        assert list(store._journals.of(clone.info.number).left()) == []
+        assert {kind for kind, *_ in store._journals.of(clone.info.number).left()} <= {JOURNAL_SIZE}
+
+
+def test_a_shrink_that_was_published_can_be_done_again(clone, path):
+    """What was written behind the new end is done again too, on a device that has to be large enough for it."""
+    program = (
+        "from cowstore.journal import Journal\n"
+        "Journal.covered = lambda self: None\n"
+        f"clone.pwrite(b'behind', {SIZE - 100})\nclone.resize(8192)\nclone.flush()"
+    )
+    killed(path, program)
+    assert content(path) == b"flushed" + bytes(8192 - 7)
+
+
+def test_a_file_whose_closing_failed_is_not_forgotten(store, clone, path, monkeypatch):
+    """It was in no list then, was never removed, and was done again over what was flushed later."""
+    device = opened(store)
+    device.keep_journal()
+    device.pwrite(b"1", 0)
+    close = File.close
+
+    def fails_once(self: File) -> None:
+        close(self)
+        if self.path.parent.name == "journals":
+            monkeypatch.undo()
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(File, "close", fails_once)
+    with pytest.raises(OSError, match="Input/output"):
+        device.flush()
+    device.flush()
+    assert files(path) == []
+    device.close()
+
+
+class BrokenDisk(FullDisk):
+    """And what was written in part cannot be taken back either."""
+
+    def _file(self, path: Path, fd: int) -> File:
+        file = super()._file(path, fd)
+        if path.parent.name == "journals":
+            file.truncate = self._fails  # type: ignore[method-assign]
+        return file
+
+    @staticmethod
+    def _fails(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+
+def test_bytes_of_a_guest_are_never_taken_for_changes(path):
+    """Half a write stayed in the file, a shorter one went over its beginning, and the rest was done as resizes."""
+    disk = BrokenDisk()
+    disk.taken = 3000
+    evil = CHANGE.pack(JOURNAL_SIZE, BLOCK, 0) * 200
+    with cowstore.open(path, create=True, _disk=disk) as store:
+        clone = store.create("clone", SIZE)
+        clone.keep_journal()
+        clone.pwrite(b"fits", 0)
+        with pytest.raises(NoSpaceError):
+            clone.pwrite(evil, BLOCK)
+        clone.pwrite(b"more", 4)
+        assert clone._journal is not None
+        clone._journal.is_kept = False
+        found = [change[0:2] for change in store._journals.of(clone.info.number).left()]
+        assert (JOURNAL_SIZE, BLOCK) not in found
+        assert (1, 4) in found
+        clone.flush()
+        assert files(path) == files(path)[-1:], "the broken one went with the flush"
+
+
+def test_a_reset_that_fails_keeps_the_journal(store, clone, path, monkeypatch):
+    killed(path, "clone.pwrite(b'precious', 0)")
+    monkeypatch.setattr(
+        cowstore.lineage.catalog, "save", lambda *_: (_ for _ in ()).throw(NoSpaceError("catalog"))
+    )
+    with pytest.raises(NoSpaceError):
+        store.reset("clone")
+    monkeypatch.undo()
+    assert content(path)[:8] == b"precious"
