@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from .wire import Buffer
 
 _PARTS = 1024  # of one sendmsg: IOV_MAX on Linux
+_UNSENT = 1 << 20  # bytes that the kernel takes before a client reads them, where it lets us
 _LOOK = 100e-6  # seconds that the next request is looked for; QEMU's own event loop looks for up to 32e-6
 _CROWDED = 20e-6  # seconds that one look takes only where others are at work
 Parts = Sequence[Buffer]
@@ -65,6 +66,7 @@ class Channel:
         """After the handshake: receiving waits as long as it takes, sending only so long without progress."""
         self._deadline = None
         self._sock.settimeout(None)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)  # less of a long read has to be copied
         whole = int(send_seconds)
         timeout = struct.pack("ll", whole, int((send_seconds - whole) * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)

@@ -377,9 +377,7 @@ def test_bytes_of_a_guest_are_never_taken_for_changes(path):
 
 def test_a_reset_that_fails_keeps_the_journal(store, clone, path, monkeypatch):
     killed(path, "clone.pwrite(b'precious', 0)")
-    monkeypatch.setattr(
-        cowstore.lineage.catalog, "save", lambda *_: (_ for _ in ()).throw(NoSpaceError("catalog"))
-    )
+    monkeypatch.setattr(catalog, "save", lambda *_: (_ for _ in ()).throw(NoSpaceError("catalog")))
     with pytest.raises(NoSpaceError):
         store.reset("clone")
     monkeypatch.undo()
