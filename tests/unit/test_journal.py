@@ -346,7 +346,7 @@ class BrokenDisk(FullDisk):
     def _file(self, path: Path, fd: int) -> File:
         file = super()._file(path, fd)
         if path.parent.name == "journals":
-            file.truncate = self._fails  # type: ignore[method-assign]
+            file.truncate = self._fails  # type: ignore[method-assign, assignment]
         return file
 
     @staticmethod
