@@ -32,6 +32,7 @@ DOCUMENTED = re.compile(
     r"unknown client flags 0x[0-9a-f]+"
     r"|an option does not begin with its magic"
     r"|an option of \d+ bytes"
+    r"|at most \d+ bytes an option"
     r"|more than 16 options"
     r"|no export for EXPORT_NAME: .*"
     r"|TLS is required here(, and the client's handshake is too old for it)?"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from tests.unit.nbd_messages import Request
 from tests.unit.nbd_sessions import SESSIONS, Sent
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _measured() -> Iterator[None]:
+    """Memory is measured all the time, which costs less than to begin it for each session."""
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
 
 
 @settings(max_examples=settings().max_examples * 6)
