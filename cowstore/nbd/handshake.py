@@ -17,6 +17,8 @@ from .exports import Description, Export, Exports
 from .limits import Limits
 from .wire import Answer, Info, Option
 
+_OUTPUT_BYTES = 64 << 10  # answers that are gathered before the next option is read
+
 ALLOCATION, OWN = "base:allocation", "cowstore:own"
 CONTEXTS = {ALLOCATION: 1, OWN: 2}
 """The metadata contexts and the numbers they go by."""
@@ -84,14 +86,21 @@ class Handshake:
         self._steps = self._run()
         self._wanted = next(self._steps)
 
+    @property
+    def backlog(self) -> bool:
+        """Whether more options are there than were answered: send the output, and call receive() with nothing."""
+        return not (self.chosen or self.ended or self.wants_tls) and len(self._pending) >= self._wanted
+
     def receive(self, data: wire.Buffer) -> bytes:
         """Takes bytes from the client; returns those that belong to what comes after.
+
+        Options are answered until their answers are as much as one wants to hold; the rest are the backlog.
 
         Raises:
             ProtocolError: The client is to be dropped; output may hold a last answer.
         """
         self._pending += data
-        while not (self.chosen or self.ended or self.wants_tls) and len(self._pending) >= self._wanted:
+        while self.backlog and len(self.output) < _OUTPUT_BYTES:
             part = bytes(self._pending[: self._wanted])
             del self._pending[: self._wanted]
             try:

@@ -225,8 +225,8 @@ class Server:
             if handshake.wants_tls:
                 channel = self._secure(channel, rest, deadline)
                 handshake.secured()
-            data = channel.receive_before(deadline)
-            if not data:
+            data = b"" if handshake.backlog else channel.receive_before(deadline)
+            if not data and not handshake.backlog:
                 raise ConnectionResetError("the client left during the handshake")
             try:
                 rest = handshake.receive(data)

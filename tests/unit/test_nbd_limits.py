@@ -252,6 +252,17 @@ def test_reads_that_are_not_received_take_no_memory_without_end(devices, tmp_pat
         assert resident_bytes() - before < 8 * 16 * MIB
 
 
+def test_lists_that_are_not_received_take_no_memory_without_end(tmp_path):
+    """A kilobyte asks sixty times for the names of five thousand devices, of 630 KB each time."""
+    many = MemoryDevices({}, {f"desk-{number:0>100}": b"" for number in range(5000)})
+    with serving(many, tmp_path, limits=Limits(handshake_seconds=2)) as served:
+        client = served.client()
+        before = resident_bytes()
+        client.sock.sendall(nbd.option(nbd.LIST) * 60)
+        until(lambda: not served.server.clients or resident_bytes() - before > 16 * MIB)
+        assert resident_bytes() - before <= 16 * MIB
+
+
 # ------------------------------------------------------------------------------------------------------ failures
 
 

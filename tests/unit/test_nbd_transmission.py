@@ -396,6 +396,7 @@ def test_what_a_slow_client_leaves_is_what_was_there_when_it_was_read(line):
     one = line()
     one.channel.at_once = 100
     content = bytes(one.disk.content)
+    one.disk.views = lambda length, offset: [memoryview(one.disk.content)[offset : offset + length]]
 
     def change(step: str) -> None:
         if step == "finish":
