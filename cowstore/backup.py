@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import catalog, layout, slots
+from .checkpoint import CheckpointRecord
 from .digest import BLOCK_SIZE, Hasher
 from .environment import Environment, Snapshot, Writer
 from .errors import BlockCorruptError, ExistsError, NotFoundError, StoreError
@@ -48,9 +49,15 @@ class Backup:
         self._target = target
         self._aside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         self._identity = Identity(os.urandom(16), hasher.seed)
+        self._checkpoints: list[CheckpointRecord] = []
+
+    def choose(self, snapshot: Snapshot) -> list[DeviceRecord]:
+        """What is to be copied: the devices, and the checkpoints of the same moment."""
+        self._checkpoints = list(catalog.checkpoints(snapshot))
+        return records_to_keep(snapshot)
 
     def write(self, records: list[DeviceRecord], progress: Progress) -> None:
-        """Copies what these devices reach; all of it or nothing."""
+        """Copies what these devices reach, and the chosen checkpoints; all of it or nothing."""
         marks = Marks(self._source)
         marks.mark(root for record in records for root in (record.base, record.root))
         try:
@@ -108,11 +115,13 @@ class Backup:
         environment = Environment.open(path, self._disk, gate, readonly=False)
         try:
             with environment.write() as writer:
-                taken = [*kinds, *(record.number for record in records)]
+                taken = [*kinds, *(one.number for one in records), *(one.number for one in self._checkpoints)]
                 writer.state.next_number = max(taken, default=0) + 1
                 writer.state.sequence = max((record.sequence for record in records), default=0)
                 for record in records:
                     catalog.restore(writer, record)
+                for checkpoint in self._checkpoints:
+                    catalog.save_checkpoint(writer, checkpoint)
                 for number, kind in kinds.items():
                     _save_slots(writer, number, kind, marks)
         finally:
@@ -127,9 +136,16 @@ def _save_slots(writer: Writer, number: int, kind: int, marks: Marks) -> None:
 
 
 def records_to_keep(snapshot: Snapshot) -> list[DeviceRecord]:
-    """Every visible device that outlives a reboot, and its ancestors, as names only where they stay behind."""
+    """Every device that outlives a reboot and the images of checkpoints.
+
+    Their ancestors come too, as names only where they stay behind.
+    """
     everything = {record.number: record for record in catalog.devices(snapshot)}
-    kept = {number: record for number, record in everything.items() if record.visible and not record.ephemeral}
+    owners = {one.number for one in catalog.checkpoints(snapshot)}
+    kept = {
+        number: record for number, record in everything.items()
+        if (record.visible and not record.ephemeral) or record.owner in owners
+    }  # fmt: skip
     children = dict.fromkeys(everything, 0)
     todo = list(kept.values())
     while todo:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from . import layout
-from .environment import DEVICES, LEASES, NAMES, SEGMENTS, Snapshot, Writer
+from .checkpoint import CheckpointRecord
+from .environment import CHECKPOINTS, DEVICES, LEASES, NAMES, SEGMENTS, Snapshot, Writer
 from .errors import CatalogCorruptError, ExistsError, InvalidError, NotFoundError
 from .files import boot_id
 from .layout import CLONE, DELETED, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, LeaseRecord, Root, number_key
@@ -287,6 +288,45 @@ def save_lease(writer: Writer, record: LeaseRecord) -> None:
 def remove_lease(writer: Writer, number: int) -> None:
     """Removes the record of a process lease."""
     writer.delete(LEASES, number_key(number))
+
+
+def checkpoints(snapshot: Snapshot) -> Iterator[CheckpointRecord]:
+    """The record of every checkpoint, in the order of their numbers."""
+    for key, payload in snapshot.items(CHECKPOINTS):
+        yield decoded(snapshot, CheckpointRecord.decode, key, payload)
+
+
+def find_checkpoint(snapshot: Snapshot, name: str) -> CheckpointRecord:
+    """The checkpoint of that name.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    check_name(name)
+    found = next((one for one in checkpoints(snapshot) if one.name == name), None)
+    if found is None:
+        raise NotFoundError("checkpoint", name, hint="`cowstore vm checkpoints` shows all names")
+    return found
+
+
+def check_free_checkpoint(snapshot: Snapshot, name: str) -> None:
+    """Raises ExistsError where a checkpoint has the name already."""
+    if any(one.name == check_name(name) for one in checkpoints(snapshot)):
+        raise ExistsError("checkpoint", name, hint="choose another name")
+
+
+def save_checkpoint(writer: Writer, record: CheckpointRecord) -> None:
+    """Writes the record of a checkpoint."""
+    writer.put(CHECKPOINTS, number_key(record.number), record.encode())
+
+
+def remove_checkpoint(writer: Writer, record: CheckpointRecord) -> None:
+    """Removes a checkpoint and its images; clones of those keep what they need."""
+    writer.delete(CHECKPOINTS, number_key(record.number))
+    for number in record.images:
+        image = by_number(writer, number)
+        if image is not None and image.owner == record.number:
+            remove(writer, image)
 
 
 def segments(snapshot: Snapshot) -> dict[int, tuple[int, int]]:

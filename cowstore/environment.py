@@ -25,9 +25,10 @@ from .files import Disk, File
 from .gate import WriteGate
 from .layout import State
 
-STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES = TABLES = (
-    b"state", b"names", b"devices", b"segments", b"slots", b"leases",
+STATE, NAMES, DEVICES, SEGMENTS, SLOTS, LEASES, CHECKPOINTS = TABLES = (
+    b"state", b"names", b"devices", b"segments", b"slots", b"leases", b"checkpoints",
 )  # fmt: skip
+_LATER = frozenset((CHECKPOINTS,))  # tables that a catalog gets with the first writer that knows them
 _STATE_KEY = b"state"
 _MAP_SIZE = 1 << 40  # bytes; only address space, and never grown while open
 _FULL = 1 << 20  # bytes; a disk with less room is called full
@@ -64,8 +65,11 @@ class Snapshot:
 
     def get(self, table: bytes, key: bytes) -> bytes | None:
         """The payload of one record, verified."""
+        handle = self._environment.table(table)
+        if handle is None:
+            return None
         try:
-            value = self._txn.get(key, db=self._environment.table(table))
+            value = self._txn.get(key, db=handle)
         except lmdb.Error as error:
             raise self._corrupt(str(error)) from error
         return None if value is None else self._open(table, key, value)[0]
@@ -77,8 +81,11 @@ class Snapshot:
 
     def _entries(self, table: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Keys and values as they are stored; LMDB finds some of the damage to its pages by itself."""
+        handle = self._environment.table(table)
+        if handle is None:
+            return
         try:
-            with self._txn.cursor(db=self._environment.table(table)) as cursor:
+            with self._txn.cursor(db=handle) as cursor:
                 if cursor.set_range(start) if start else cursor.first():
                     yield from cursor.iternext()
         except lmdb.Error as error:
@@ -220,7 +227,7 @@ class Environment:
                 str(path), map_size=_MAP_SIZE, max_dbs=16, max_readers=vetting.MAX_READERS, max_spare_txns=0,
                 mode=0o600, readonly=readonly, create=not readonly, lib_version=0,
             )  # fmt: skip
-            self._tables = {name: self._env.open_db(name, create=not readonly) for name in TABLES}
+            self._tables = _open_tables(self._env, create=not readonly)
         except lmdb.Error as error:
             raise self._translated(error) from error
 
@@ -277,7 +284,7 @@ class Environment:
             snapshot.verify()
 
     def table(self, name: bytes) -> Any:
-        """LMDB's handle of a table."""
+        """LMDB's handle of a table; None where the catalog has none yet."""
         return self._tables[name]
 
     def read(self) -> Snapshot:
@@ -428,6 +435,19 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _open_tables(env: Any, *, create: bool) -> dict[bytes, Any]:
+    """LMDB's handle of each table; None where no writer has made the table yet."""
+    tables = {}
+    for name in TABLES:
+        try:
+            tables[name] = env.open_db(name, create=create)
+        except lmdb.NotFoundError:
+            if name not in _LATER:
+                raise
+            tables[name] = None
+    return tables
+
+
 def verify_copy(path: Path, disk: Disk) -> None:
     """Opens a copy of a catalog by itself, checks all of it and makes it durable.
 
@@ -440,7 +460,7 @@ def verify_copy(path: Path, disk: Disk) -> None:
         copy = Environment.__new__(Environment)
         copy.path, copy.snapshots = path, weakref.WeakSet()
         copy._env = env
-        copy._tables = {name: env.open_db(name, create=False) for name in TABLES}
+        copy._tables = _open_tables(env, create=False)
         with Snapshot(copy, env.begin()) as snapshot:
             snapshot.verify()
     finally:

@@ -24,10 +24,13 @@ from urllib.parse import quote
 
 from . import nbd
 from .catalog import DeviceInfo
+from .clones import Lineage as Handles
 from .devices import Device
 from .errors import InvalidError, NotFoundError, SourceError, StoreError
 from .exports import Export
-from .imports import Intake
+from .imports import Intake, import_disk
+from .lineage import Lineage
+from .publisher import Workshop
 from .sources import FOREIGN
 
 Progress = Callable[[str, int, int], None]
@@ -112,6 +115,15 @@ class ForeignImage:
         if reason:
             raise lent.trouble or SourceError(self.path, reason)
         progress("import", self.size, self.size)
+
+
+def take_in(
+    source: Any, kind: str, name: str, handles: Handles, workshop: Workshop, lineage: Lineage,
+    progress: Progress,
+) -> DeviceInfo:  # fmt: skip
+    """Takes a disk image of such a format in, under a name."""
+    image = ForeignImage(source, kind)
+    return import_disk(workshop, lineage, handles, image.size, name, partial(image.copy_into, progress=progress))
 
 
 def export(job: Export, device: Device, kind: str, progress: Progress) -> None:

@@ -18,6 +18,7 @@ from .catalog import DeviceInfo
 from .clones import Clone
 from .clones import Lineage as Handles
 from .digest import BLOCK_SIZE, ZERO_BLOCK
+from .environment import Snapshot
 from .errors import InvalidError
 from .layout import FANOUT_BITS, IMAGE, MAP, DeviceRecord, Root
 from .lineage import Lineage
@@ -189,6 +190,37 @@ def seal_ephemeral(workshop: Workshop, lineage: Lineage, record: DeviceRecord, n
     image = DeviceRecord(0, name, IMAGE, base, base, parent=record.parent)
     copy = workshop.segments, base, record.root
     return _make_image(workshop, lineage, image, Import, lambda job: job.copy(*copy))
+
+
+def copy_hidden(workshop: Workshop, lineage: Lineage, record: DeviceRecord) -> DeviceRecord:
+    """Makes a hidden image of an ephemeral device's moment in ordinary segments; the caller holds its roots."""
+    base = record.base if is_durable(workshop.segments, record.base) else Root(layout.HOLE, 1, 0)
+    return fill_hidden(
+        workshop, lineage, lambda _: base, lambda job: job.copy(workshop.segments, base, record.root)
+    )
+
+
+def fill_hidden(
+    workshop: Workshop, lineage: Lineage, start: Callable[[Snapshot], Root], fill: Callable[[Import], DeviceRecord]
+) -> DeviceRecord:
+    """Makes a hidden image that stays with the process lease. What fails leaves nothing behind.
+
+    Args:
+        workshop: Writers' tools.
+        lineage: The records.
+        start: What it starts from, found in the transaction that makes it.
+        fill: Writes it.
+    """
+    hidden = lineage.start_hidden(start, workshop.reservations.lease_number)
+    job = Import(workshop, hidden, hidden)
+    try:
+        record = fill(job)
+    except BaseException:
+        job.close()
+        lineage.drop_hidden([hidden.number])
+        raise
+    job.close()
+    return record
 
 
 def _make_image(

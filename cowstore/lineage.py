@@ -164,6 +164,12 @@ class Lineage:
             hidden = replace(image, flags=image.flags | HIDDEN, owner=owner, parent=0)
             return catalog.add(writer, hidden)
 
+    def start_hidden(self, start: Callable[[Snapshot], Root], owner: int) -> DeviceRecord:
+        """A hidden image that starts from a root found in the same transaction, and is about to be filled."""
+        with self._environment.write() as writer:
+            image = DeviceRecord(0, "hidden", IMAGE, Root(layout.HOLE, 1, 0), start(writer), HIDDEN, owner=owner)
+            return catalog.add(writer, image)
+
     def check_free(self, name: str) -> None:
         """Raises ExistsError where a name is taken; before long work whose result is to have it."""
         with self._environment.read() as snapshot:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -24,12 +24,12 @@ from .lineage import Lineage
 from .moments import Moments
 
 if TYPE_CHECKING:
+    from .checkpoints import Checkpoints
     from .clones import Clone
     from .collector import Collection
     from .devices import Device
     from .differences import Change
     from .engine import Engine
-    from .segments import Segments
     from .usage import Stats, Usage
 
 Progress = Callable[[str, int, int], None]
@@ -135,22 +135,17 @@ class Store:
         self._check_writable()
         self._lineage.check_free(name)
         if (kind := format_of(source, format)) != "raw":
-            return self._import_foreign(source, kind, name, progress)
+            from . import foreign
+
+            return foreign.take_in(
+                source, kind, name, self, self._writing_engine().workshop, self._lineage, progress
+            )
         stream = open_source(source)
         try:
             engine = self._writing_engine()
             return import_source(engine.workshop, self._lineage, stream, name, progress)
         finally:
             stream.close()
-
-    def _import_foreign(self, source: Path_ | BinaryIO, kind: str, name: str, progress: Progress) -> DeviceInfo:
-        from .foreign import ForeignImage
-        from .imports import import_disk
-
-        image = ForeignImage(source, kind)
-        workshop = self._writing_engine().workshop
-        fill = partial(image.copy_into, progress=progress)
-        return import_disk(workshop, self._lineage, self, image.size, name, fill)
 
     def create(self, name: str, size: int) -> Clone:
         """A blank clone of so many bytes, open for writing."""
@@ -246,7 +241,9 @@ class Store:
             record = catalog.find(snapshot, name)
         if record.kind == IMAGE:
             return self._open_image(record)
-        return self._open_moment(name) if readonly or self.readonly else self._open_clone(name)
+        if readonly or self.readonly:
+            return self._open_moment(lambda pin: catalog.find(pin, name))
+        return self._open_clone(name)
 
     # What is there.
 
@@ -344,11 +341,11 @@ class Store:
 
     def backup(self, path: Path_, *, progress: Progress = _no_progress) -> None:
         """Makes a consistent copy of the whole store, while it is in use; ephemeral devices stay behind."""
-        from .backup import Backup, records_to_keep
+        from .backup import Backup
 
         self._check_open()
         job = Backup(self._disk, self._engine.segments, self._engine.hasher, Path(path))
-        with self._moments.held(records_to_keep) as records:
+        with self._moments.held(job.choose) as records:
             job.write(records, progress)
 
     def collect(self, *, dry_run: bool = False, progress: Progress = _no_progress) -> Collection:
@@ -369,6 +366,14 @@ class Store:
         collection = self._despite_full_disk(run)
         founding.make_reserve(self.path, self._disk)
         return collection
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Moments of machines: memory, disks and the state of the devices together."""
+        from .checkpoints import Checkpoints
+
+        engine = self._writing_engine
+        return Checkpoints(self._environment, self._lineage, lambda: engine().workshop, self._open_moment)
 
     def serving(self) -> AbstractContextManager[None]:
         """Held by the one server of the store on this host; InUseError where there is one already."""
@@ -401,19 +406,27 @@ class Store:
         try:
             lease = self._leases.take(record.number, f"image {record.name!r}", exclusive=False)
         except NoSpaceError:
-            return self._open_moment(record.name)  # reading needs no space
+            return self._open_moment(lambda pin: catalog.find(pin, record.name))  # reading needs no space
         record = self._opened(record, lease)
-        view = self._engine.view(record.root)
-        return self._keep(Device(self._lineage.describe(record), record.base, view, *self._reading, lease.close))
+        info, view, segments = (
+            self._lineage.describe(record),
+            self._engine.view(record.root),
+            self._engine.segments,
+        )
+        return self._keep(Device(info, record.base, view, self._environment, segments, lease.close))
 
-    def _open_moment(self, name: str) -> Device:
+    def _open_moment(self, find: Callable[[Snapshot], DeviceRecord]) -> Device:
         from .devices import Device
 
-        (record,), release = self._moments.take(lambda pin: [catalog.find(pin, name)])
+        (record,), release = self._moments.take(lambda pin: [find(pin)])
         self._engine.segments.refresh()
-        view = self._engine.view(record.root)
-        info, settle = self._lineage.describe(record), self._moments.settle
-        return self._keep(Device(info, record.base, view, *self._reading, release, settle))
+        info, view, segments = (
+            self._lineage.describe(record),
+            self._engine.view(record.root),
+            self._engine.segments,
+        )
+        settle = self._moments.settle
+        return self._keep(Device(info, record.base, view, self._environment, segments, release, settle))
 
     def _open_clone(self, name: str) -> Clone:
         self._writing_engine()
@@ -428,10 +441,6 @@ class Store:
         info = self._lineage.describe(record)
         workshop, journal = self._writing_engine().workshop, self._journals.of(record.number)
         return self._keep(Clone(info, record, workshop, self, lease.close, journal).recovered())
-
-    @property
-    def _reading(self) -> tuple[Environment, Segments]:
-        return self._environment, self._engine.segments
 
     def _keep(self, device: _Device) -> _Device:
         self._open.add(device)

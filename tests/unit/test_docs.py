@@ -88,7 +88,7 @@ def test_library_page_shows_every_method():
     public = {name for name in vars(cowstore.Store) if not name.startswith("_")} - {"fork_number", "seal_number"}
     device = {"pread", "preadinto", "extents", "delta", "close"}
     clone = {"pwrite", "zero", "trim", "resize", "flush", "fork", "seal", "reset", "discard", "write"}
-    missing = [name for name in sorted(public | device | clone) if not re.search(rf"\b{name}\(", text)]
+    missing = [name for name in sorted(public | device | clone) if not re.search(rf"\b{name}[.(]", text)]
     assert missing == []
 
 

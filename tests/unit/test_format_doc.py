@@ -22,7 +22,7 @@ import pytest
 import xxhash
 
 import cowstore
-from cowstore import index, layout
+from cowstore import checkpoint, index, layout
 from cowstore.digest import BLOCK_SIZE, DIGEST_SIZE
 from cowstore.files import Disk
 from cowstore.layout import Commit, DeviceRecord, LeaseRecord, Root, State
@@ -98,7 +98,9 @@ def items(one: struct.Struct) -> list[tuple[int, int, str]]:
 
 
 STRUCTS = {name: one for name, one in vars(layout).items() if isinstance(one, struct.Struct)} | {
-    "index._HEADER": index._HEADER
+    "index._HEADER": index._HEADER,
+    "checkpoint._CHECKPOINT": checkpoint._CHECKPOINT,
+    "checkpoint._DISK": checkpoint._DISK,
 }
 TABLED = {name: one for name, one in STRUCTS.items() if name != "_CHECKSUM"}  # the checksum is a row of the others
 
@@ -131,11 +133,21 @@ STATE = State(*(0x1010101010101010 * factor + factor for factor in range(1, 8)))
 LEASE = LeaseRecord(1, 0x12345678, 0x2345678923, BOOT, RUNS)
 NAMED = {"length": len(DEVICE.name), "version": 1, "reserved": 0}
 
+CHECKPOINT = checkpoint.CheckpointRecord(
+    7, "morning", 0x1234567890, 0x2345678901, 0x3456789012, (0x4567890123, 5), {"cpus": 2}, checkpoint.AUTOMATIC
+)
+
 EXAMPLES: dict[str, tuple[bytes, dict[str, Any]]] = {
     "_SEGMENT_HEADER": (
         layout.encode_segment_header(0x123456789A, layout.EPHEMERAL_DATA, STORE_ID),
         {"magic": b"COWSEGMT", "kind": 3, "number": 0x123456789A, "store_id": STORE_ID} | NAMED,
     ),
+    "checkpoint._CHECKPOINT": (
+        CHECKPOINT.encode(),
+        {"created": 0x1234567890, "memory": 0x2345678901, "state": 0x3456789012, "flags": 1, "disks": 2}
+        | {"length": 7, "reserved": 0},
+    ),
+    "checkpoint._DISK": (CHECKPOINT.encode()[32:40], {"disk": 0x4567890123}),
     "_STAMP": (layout.encode_stamp(0x123456789A), {"magic": b"COWERASE", "erasure": 0x123456789A}),
     "_COMMIT": (
         layout.encode_commit(COMMIT, 1)[0],
@@ -291,7 +303,7 @@ def test_catalog_read_by_the_page_alone(store, tmp_path):
     store_id = bytes.fromhex(json.loads((store.path / "store.json").read_text())["id"])
     with lmdb.open(str(copy), max_dbs=8, readonly=True, lock=False) as env, env.begin() as txn:
         tables = {name: env.open_db(name.encode(), txn, create=False) for name in
-                  ("state", "names", "devices", "segments", "slots", "leases")}  # fmt: skip
+                  ("state", "names", "devices", "segments", "slots", "leases", "checkpoints")}  # fmt: skip
 
         def get(name: str, key: bytes) -> bytes:
             value = bytes(txn.get(key, b"", tables[name]))
