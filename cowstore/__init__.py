@@ -24,8 +24,10 @@ from .errors import (
     CorruptError,
     ExistsError,
     FormatError,
+    GuestError,
     InUseError,
     InvalidError,
+    MachineError,
     NoSpaceError,
     NotFoundError,
     PoisonedError,
@@ -39,6 +41,7 @@ from .opening import open  # noqa: A004 - the name that every store of this kind
 from .store import Store
 
 if TYPE_CHECKING:
+    from .checkpoints import CheckpointInfo
     from .clones import Clone
     from .collector import Collection
     from .devices import Device, Extent
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 _LATE = {
     "Change": "differences",
+    "CheckpointInfo": "checkpoints",
     "Clone": "clones",
     "Collection": "collector",
     "Device": "devices",
@@ -61,6 +65,7 @@ __all__ = [
     "BlockCorruptError",
     "CatalogCorruptError",
     "Change",
+    "CheckpointInfo",
     "Clone",
     "ClosedError",
     "Collection",
@@ -70,8 +75,10 @@ __all__ = [
     "ExistsError",
     "Extent",
     "FormatError",
+    "GuestError",
     "InUseError",
     "InvalidError",
+    "MachineError",
     "NoSpaceError",
     "NotFoundError",
     "PoisonedError",

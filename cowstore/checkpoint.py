@@ -63,7 +63,10 @@ class CheckpointRecord:
         if len(payload) < text_at:
             raise ValueError("a checkpoint record is cut off")
         disks = tuple(one for (one,) in _DISK.iter_unpack(payload[_CHECKPOINT.size : names_at]))
-        configuration = json.loads(payload[text_at:])
+        try:
+            configuration = json.loads(payload[text_at:])
+        except RecursionError:
+            raise ValueError("a checkpoint record's configuration is too deep") from None
         if not isinstance(configuration, dict):
             raise ValueError("a checkpoint record has no configuration")
         name = payload[names_at:text_at].decode()

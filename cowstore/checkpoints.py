@@ -16,8 +16,8 @@ from .catalog import DeviceInfo
 from .checkpoint import AUTOMATIC, RECORD_LIMIT, CheckpointRecord
 from .devices import Device
 from .environment import Environment, Snapshot
-from .errors import InvalidError, NotFoundError
-from .imports import copy_hidden, fill_hidden
+from .errors import ClosedError, InvalidError, NotFoundError
+from .imports import Import, copy_hidden, fill_hidden, is_durable
 from .layout import CLONE, EPHEMERAL, HIDDEN, IMAGE, NAME_LIMIT, DeviceRecord, Root
 from .lineage import Lineage
 from .publisher import Workshop
@@ -115,7 +115,7 @@ class Pending:
         self._environment = environment
         self._images: list[int] = []  # everything to be dropped if it comes to nothing
         self._memory = self._state = 0
-        owner = workshop.reservations.lease_number
+        self._owner = owner = workshop.reservations.lease_number
         with environment.write() as writer:
             found = [catalog.find(writer, name, CLONE) for name in disks]
             self._disks = [catalog.add(writer, _secured(record, owner)) for record in found]
@@ -172,6 +172,7 @@ class Pending:
         """
         assert self._memory
         assert self._state
+        self.settle_disks()  # where it was not done: the next boot would take a disk out of the checkpoint
         with self._environment.write() as writer:
             catalog.check_free_checkpoint(writer, name)
             images = (self._memory, self._state, *(disk.number for disk in self._disks))
@@ -192,13 +193,100 @@ class Pending:
     def close(self) -> None:
         """Drops what was not published; harmless when done twice."""
         images, self._images = self._images, []
-        self._lineage.drop_hidden(images)
+        if images:
+            _drop(self._environment, self._lineage, images, self._owner)
 
     def __enter__(self) -> Pending:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Origin:
+    """One moment, held and open for reading, and images made of it and of pages laid over it.
+
+    Close it when no more are to be made.
+
+    Args:
+        device: The moment, open for reading.
+        record: The record it was found in.
+        environment: The catalog.
+        lineage: The records of devices.
+        workshop: Gives writers' tools; fails where the store is read-only.
+
+    Attributes:
+        device: See above.
+    """
+
+    def __init__(
+        self, device: Device, record: DeviceRecord, environment: Environment, lineage: Lineage,
+        workshop: Callable[[], Workshop],
+    ) -> None:  # fmt: skip
+        self.device = device
+        self._record = record
+        self._environment = environment
+        self._lineage = lineage
+        self._workshop = workshop
+
+    def seal(self, name: str, pages: Pages) -> DeviceInfo:
+        """Makes an image, which is there when it is complete, or not at all; the cost follows the pages.
+
+        Args:
+            name: The image's name.
+            pages: What it has and the moment has not.
+
+        Raises:
+            ExistsError: The name is taken.
+            InvalidError: The pages are of a memory of another size.
+            ClosedError: The origin is closed.
+        """
+        workshop, root = self._workshop(), self._record.root
+        if self.device.closed:
+            raise ClosedError(f"the moment of {self._record.name!r} is closed", hint="open it again")
+        if pages.size != root.size:
+            raise InvalidError(f"{self._record.name!r} has {root.size} bytes, and its pages are of {pages.size}")
+        self._lineage.check_free(name)
+        base = next((one for one in (root, self._record.base) if is_durable(workshop.segments, one)), _blank(0))
+
+        def fill(job: Import) -> DeviceRecord:
+            if base != root:
+                job.copy(workshop.segments, base, root)
+            return job.read(pages, _no_progress)
+
+        hidden = fill_hidden(workshop, self._lineage, lambda snapshot: self._held(snapshot, base), fill)
+        try:
+            return self._named(hidden.number, name, base)
+        except BaseException:
+            _drop(self._environment, self._lineage, [hidden.number], hidden.owner)
+            raise
+
+    def _held(self, snapshot: Snapshot, base: Root) -> Root:
+        """The root to start from, if something keeps it alive; where the disk was full, nothing may."""
+        if base.node and not any(base.node in (one.root.node, one.base.node) for one in self._holders(snapshot)):
+            raise NotFoundError("moment", self._record.name, hint="the store's disk was full: open it again")
+        return base
+
+    def _holders(self, snapshot: Snapshot) -> Iterator[DeviceRecord]:
+        """Whose roots are alive; first the one that most likely has ours."""
+        first = catalog.by_number(snapshot, self._record.number)
+        if first is not None:
+            yield first
+        yield from (one for one in catalog.devices(snapshot) if not catalog.is_gone(one))
+
+    def _named(self, number: int, name: str, base: Root) -> DeviceInfo:
+        """Gives a hidden image its name, beside an ephemeral origin, and under any other."""
+        with self._environment.write() as writer:
+            parent = self._record.parent if self._record.ephemeral else self._record.number
+            if catalog.by_number(writer, parent) is None:
+                parent = 0  # deleted meanwhile, and nobody else descends from it
+            current = _image(writer, number)
+            image = replace(current, name=catalog.check_name(name), flags=0, owner=0, parent=parent, base=base)
+            return catalog.describe(writer, catalog.move(writer, current, image))
+
+    def close(self) -> None:
+        """Lets the moment go; harmless when done twice."""
+        self.device.close()
 
 
 class Checkpoints:
@@ -244,6 +332,25 @@ class Checkpoints:
         """The memory of a checkpoint, open for reading."""
         return self._open_moment(lambda snapshot: _image(snapshot, catalog.find_checkpoint(snapshot, name).memory))
 
+    def origin(self, name: str, *, checkpoint: bool = False) -> Origin:
+        """What images can be made of: the last flushed moment of a device.
+
+        Args:
+            name: The device.
+            checkpoint: It is the name of a checkpoint, whose memory is meant.
+        """
+        found: list[DeviceRecord] = []
+
+        def find(snapshot: Snapshot) -> DeviceRecord:
+            if checkpoint:
+                found.append(_image(snapshot, catalog.find_checkpoint(snapshot, name).memory))
+            else:
+                found.append(catalog.find(snapshot, name))
+            return found[-1]
+
+        device = self._open_moment(find)
+        return Origin(device, found[-1], self._environment, self._lineage, self._workshop)
+
     def state(self, name: str) -> bytes:
         """The state of a checkpoint's devices."""
         with self._open_moment(
@@ -261,6 +368,10 @@ class Checkpoints:
         self._workshop()
         with self._environment.write() as writer:
             record = catalog.find_checkpoint(writer, name)
+            if any(len(child) != len(record.disks) for child in children):
+                raise InvalidError(
+                    f"checkpoint {name!r} has {len(record.disks)} disks; each wants one clone's name"
+                )
             added = []
             for position, number in enumerate(record.disks):
                 image = _image(writer, number)
@@ -297,6 +408,13 @@ def _image(snapshot: Snapshot, number: int) -> DeviceRecord:
     if record is None:
         raise NotFoundError("image", f"number {number}", hint="the collector has removed it: its process was gone")
     return record
+
+
+def _drop(environment: Environment, lineage: Lineage, numbers: list[int], owner: int) -> None:
+    """Drops the hidden images that still are their owner's: an interrupt does not tell, but the catalog does."""
+    with environment.read() as snapshot:
+        found = [catalog.by_number(snapshot, number) for number in numbers]
+    lineage.drop_hidden([one.number for one in found if one is not None and one.owner == owner])
 
 
 def _blank(size: int) -> Root:

@@ -10,6 +10,8 @@
     |-- ClosedError              a handle used after close(), or after os.fork() in the child
     |-- PoisonedError            a sync failed; nothing more is written through this handle
     |-- NoSpaceError             the file system, or a size limit of the store, is full
+    |-- MachineError             a machine or its hypervisor did not do what was asked
+    |   `-- GuestError           the system inside did not: no agent, or a step that failed
     |-- SourceError              an import source that cannot be read, or changed meanwhile
     |-- FormatError              not a store, or one of a version or with features not known here
     `-- CorruptError             stored bytes are not what was written
@@ -151,6 +153,24 @@ class NoSpaceError(StoreError):
             hint=hint or "free some space or delete devices and run a collection, then try again",
         )
         self.path = path
+
+
+class MachineError(StoreError):
+    """A machine or its hypervisor did not do what was asked of it."""
+
+
+class GuestError(MachineError):
+    """The system inside a machine did not do what was asked of it.
+
+    Attributes:
+        machine: The machine's name.
+        step: What was asked.
+    """
+
+    def __init__(self, machine: str, step: str, reason: str, *, hint: str = "") -> None:
+        super().__init__(f"the guest of {machine}: {step}: {reason}", hint=hint)
+        self.machine = machine
+        self.step = step
 
 
 class SourceError(StoreError):

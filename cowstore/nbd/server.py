@@ -14,6 +14,9 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cowstore.errors import NotFoundError
 
 from .channel import Channel
 from .exports import Devices, Exports
@@ -69,6 +72,18 @@ class Server:
         return [listener.address("nbd" if self._tls is None else "nbds") for listener in self._listeners]
 
     @property
+    def place(self) -> Path:
+        """The path of the Unix socket that it listens at.
+
+        Raises:
+            NotFoundError: It listens at none, or to clients with certificates only.
+        """
+        for listener in self._listeners:
+            if listener.is_unix and self._tls is None:
+                return Path(str(listener.sock.getsockname()))
+        raise NotFoundError("socket", " and ".join(self.uris), hint="machines need a server at a Unix socket")
+
+    @property
     def clients(self) -> int:
         """How many clients are connected now."""
         with self._lock:
@@ -116,6 +131,19 @@ class Server:
             thread.join(max(deadline - time.monotonic(), 0))
             if thread.is_alive():
                 return False
+
+    def flush(self, name: str) -> None:
+        """Makes durable every write to a device that any client has been answered.
+
+        Raises:
+            StoreError: That failed.
+        """
+        export = self.exports.acquire(name)
+        try:
+            if export.writable:
+                export.disk.flush()
+        finally:
+            self.exports.release(export)
 
     def prometheus(self) -> str:
         """The metrics in Prometheus' text format."""

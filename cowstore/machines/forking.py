@@ -1,0 +1,268 @@
+"""Forking: children of a checkpoint, started side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cowstore.errors import GuestError, InvalidError, MachineError, NotFoundError, StoreError
+
+from . import identity as identities
+from .checkpointing import thaw_by
+from .configuration import Configuration
+from .host import Host
+from .hypervisor import Launch, Nic, Running
+from .identity import Identity
+from .registry import Machine, process_start
+from .stores import Checkpoint, Progress
+from .template import check_room
+
+_AT_ONCE = 8  # children that are started at the same time; more of them wait for each other's processors anyway
+_CHILD_BYTES = 64 << 20  # what a child takes of the host before it has written anything: the hypervisor itself
+_UNPLUG_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How children are to be.
+
+    Attributes:
+        identity: Whether each gets its own.
+        hook: A script for the guest's shell, run in the end; empty for none.
+    """
+
+    identity: bool = True
+    hook: bytes = b""
+
+
+@dataclass(frozen=True)
+class Child:
+    """What became of one child.
+
+    Attributes:
+        name: Its name.
+        running: Seconds from the call until it ran.
+        ready: Seconds until it could be handed out.
+        error: Why it cannot be, and is gone; empty otherwise.
+    """
+
+    name: str
+    running: float
+    ready: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What children are made of.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        configuration: What they are like, but for the names of their disks.
+        generation: The GUID of the machine that it was taken from.
+        nic: The network card in the saved state.
+        frozen: Whether file systems are frozen in it.
+        agent: Whether there is an agent in it.
+    """
+
+    checkpoint: Checkpoint
+    configuration: Configuration
+    generation: str
+    nic: Nic | None
+    frozen: bool
+    agent: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Parent:
+        """What a checkpoint says of itself. Raises InvalidError where it is not a machine's."""
+        facts: dict[str, Any] = checkpoint.configuration
+        try:
+            nic = Nic(**facts["nic"]) if facts["nic"] else None
+            configuration = Configuration.read(facts["machine"])
+            return cls(checkpoint, configuration, facts["generation"], nic, facts["frozen"], facts["agent"])
+        except (KeyError, TypeError) as error:
+            raise InvalidError(
+                f"checkpoint {checkpoint.name!r} is not that of a machine: {error}",
+                hint="a program has made it, which knows what to do with it",
+            ) from error
+
+    def check(self, host: Host, wish: Wish, count: int) -> None:
+        """Refuses what cannot be forked here, before anything is made.
+
+        Raises:
+            MachineError: The hypervisor is another one, or there is no memory left.
+            GuestError: The guest has no agent, and is to get an identity.
+        """
+        made_by, here = self.checkpoint.configuration["hypervisor"], host.hypervisor.version()
+        if made_by != here:
+            raise MachineError(
+                f"checkpoint {self.checkpoint.name} was taken by {made_by}, and here is {here}",
+                hint="fork it where that is installed, or start a new parent here",
+            )
+        self.configuration.check()
+        if self.checkpoint.memory_size != self.configuration.memory:
+            raise MachineError(
+                f"checkpoint {self.checkpoint.name} has {self.checkpoint.memory_size} bytes of memory, "
+                f"and its machine {self.configuration.memory}"
+            )
+        if host.hypervisor.settled(self.configuration) != self.configuration:
+            raise MachineError(
+                f"machine type {self.configuration.machine} of checkpoint {self.checkpoint.name} is none here",
+                hint="fork it where it was taken",
+            )
+        if (wish.identity or wish.hook) and not self.agent:
+            raise GuestError(
+                self.checkpoint.name, "identity", "it had no agent when the checkpoint was taken",
+                hint="install qemu-guest-agent in it, or fork with --identity none and without a hook",
+            )  # fmt: skip
+        check_room(count * _CHILD_BYTES, f"{count} children of {self.checkpoint.name}")
+
+
+def disk_names(machine: str, count: int) -> tuple[str, ...]:
+    """The names of a child's clones: its own, and with numbers where there are more."""
+    return tuple(machine if number == 0 else f"{machine}.{number}" for number in range(count))
+
+
+def fork(
+    host: Host, checkpoint: Checkpoint, names: Sequence[str], source: str, wish: Wish, begun: float,
+    progress: Progress,
+) -> list[Child]:  # fmt: skip
+    """Starts children of a checkpoint. Those that fail are gone; the others are there.
+
+    Args:
+        host: Where.
+        checkpoint: Their parent's moment.
+        names: Theirs.
+        source: What they call their parent.
+        wish: How they are to be.
+        begun: When the call began, by the monotonic clock.
+        progress: Told ("fork", children done, children in all).
+
+    Raises:
+        StoreError: None of them can be made; nothing is left.
+    """
+    parent = Parent.of(checkpoint)
+    parent.check(host, wish, len(names))
+    machines = _registered(host, parent, names, source, wish)
+    try:
+        host.store.checkpoints.clone_disks(checkpoint.name, [one.configuration.disks for one in machines])
+    except BaseException:
+        for machine in machines:
+            host.registry.remove(machine)
+        raise
+    done: list[Child] = []
+    try:
+        state = host.store.checkpoints.state(checkpoint.name)
+        with host.templates.held(checkpoint) as template, ThreadPoolExecutor(_AT_ONCE, "cowstore-fork") as pool:
+            work = [
+                pool.submit(bring_up, host, parent, machine, wish, template.path, state, begun)
+                for machine in machines
+            ]
+            for one in work:
+                done.append(one.result())
+                progress("fork", len(done), len(machines))
+    finally:
+        for machine in machines[len(done) :]:
+            host.retire(machine)
+    return done
+
+
+def _registered(host: Host, parent: Parent, names: Sequence[str], source: str, wish: Wish) -> list[Machine]:
+    """Puts all children on record, or none."""
+    machines: list[Machine] = []
+    try:
+        for name in names:
+            machines.append(host.registry.add(_child(parent, name, source, wish)))  # noqa: PERF401 - one may fail
+    except BaseException:
+        for machine in machines:
+            host.registry.remove(machine)
+        raise
+    return machines
+
+
+def _child(parent: Parent, name: str, source: str, wish: Wish) -> Machine:
+    disks = disk_names(name, len(parent.configuration.disks))
+    identity = Identity.make(name, nic=parent.nic is not None) if wish.identity else None
+    return Machine(
+        "", name, parent.configuration.with_disks(disks), time.time(), source, parent.checkpoint.name,
+        disposable=True, identity=identity, nic=parent.nic,
+        generation=identity.generation if identity else parent.generation,
+    )  # fmt: skip
+
+
+def bring_up(
+    host: Host, parent: Parent, machine: Machine, wish: Wish, template: str, state: bytes, begun: float
+) -> Child:
+    """Starts one child that is on record and whose disks are there; one that fails is removed."""
+    ran = 0.0
+    try:
+        with host.alone(machine.name):
+            running = _started(host, machine, template, state)
+            machine = _given_nic(host, machine, running)
+            running.resume()
+            ran = time.monotonic() - begun
+            _make_ready(host, parent, machine, running, wish)
+            return Child(machine.name, ran, time.monotonic() - begun)
+    except (StoreError, OSError) as error:
+        host.retire(host.registry.get(machine.name))
+        hint = f" ({error.hint})" if isinstance(error, StoreError) and error.hint else ""
+        return Child(machine.name, ran, 0.0, f"{error}{hint}")
+
+
+def _started(host: Host, machine: Machine, template: str, state: bytes) -> Running:
+    """The child's process, with its state loaded, standing still."""
+    directory = host.registry.directory(machine)
+    launch = Launch(
+        machine.name, machine.configuration, directory, host.disks.place, machine.generation, machine.nic,
+        template, state,
+    )  # fmt: skip
+    running = host.hypervisor.start(launch)
+    host.adopt(machine, running)
+    host.registry.save(replace(machine, pid=running.pid, started=process_start(running.pid)))
+    return running
+
+
+def _given_nic(host: Host, machine: Machine, running: Running) -> Machine:
+    """Plugs the child's own card beside the parent's, which is cut off."""
+    machine = host.registry.get(machine.name)
+    if machine.identity is None or machine.nic is None:
+        return machine
+    new = Nic(machine.nic.model, 1 - machine.nic.port, machine.identity.mac)
+    running.replace_nic(machine.nic, new)
+    return host.registry.save(replace(machine, nic=new))
+
+
+def _make_ready(host: Host, parent: Parent, machine: Machine, running: Running, wish: Wish) -> None:
+    """What takes a running guest: thaw, unplug the parent's card, identity, hook."""
+    if machine.identity is not None and parent.nic is not None:
+        running.remove_nic(parent.nic, _UNPLUG_SECONDS)
+    if not (parent.frozen or machine.identity or wish.hook):
+        return
+    with host.agent(machine) as agent:
+        if parent.frozen:
+            thaw_by(agent)
+        if machine.identity is not None:
+            identities.apply(agent, machine.name, machine.identity, parent.nic.mac if parent.nic else "")
+        if wish.hook:
+            identity = machine.identity or Identity("", "", machine.generation)
+            identities.run_hook(agent, machine.name, wish.hook, identity, machine.parent)
+
+
+def revive(host: Host, machine: Machine, wish: Wish) -> Child:
+    """Starts a child anew whose process has ended, from its checkpoint and with the identity that it has."""
+    begun = time.monotonic()
+    try:
+        checkpoint = host.store.checkpoints.info(machine.checkpoint)
+    except NotFoundError as error:
+        raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} is gone") from error
+    parent = Parent.of(checkpoint)
+    parent.check(host, wish, 1)
+    host.delete_disks(machine.configuration.disks)
+    host.store.checkpoints.clone_disks(checkpoint.name, [machine.configuration.disks])
+    machine = host.registry.save(replace(machine, pid=0, started=0, address=0, nic=parent.nic, held=False))
+    with host.templates.held(checkpoint) as template:
+        state = host.store.checkpoints.state(checkpoint.name)
+        return bring_up(host, parent, machine, wish, template.path, state, begun)

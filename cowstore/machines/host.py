@@ -1,0 +1,195 @@
+"""The host: what all work on machines has in common. Machines by name, one piece of work on each at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from cowstore.errors import InUseError, MachineError, NotFoundError, StoreError
+
+from . import qemu
+from .agent import Agent
+from .hypervisor import Hypervisor, Running
+from .registry import Machine, Registry
+from .stores import Disks, Store
+from .templates import Templates
+
+_log = logging.getLogger("cowstore.machines")
+_RELEASE_SECONDS = 20.0  # for a server to let go of a disk whose machine has ended
+_END_SECONDS = 20.0
+
+
+class Host:
+    """A store's machines on this host.
+
+    Args:
+        store: The store.
+        disks: The server of its disks.
+        hypervisor: Starts machines.
+        directory: Where the registry is.
+
+    Attributes:
+        store: See above.
+        disks: See above.
+        hypervisor: See above.
+        registry: Which machines there are.
+        templates: The memory of checkpoints.
+    """
+
+    def __init__(self, store: Store, disks: Disks, hypervisor: Hypervisor, directory: Path) -> None:
+        self.store = store
+        self.disks = disks
+        self.hypervisor = hypervisor
+        self.registry = Registry(directory)
+        self.templates = Templates(store.checkpoints, self._children_of)
+        self._lock = threading.Lock()
+        self._busy: dict[str, threading.RLock] = {}
+        self._running: dict[str, Running] = {}
+        self._kept: list[str] = []
+
+    @contextmanager
+    def keeping(self, checkpoint: str) -> Iterator[None]:
+        """Keeps a checkpoint that a fork has made, or is about to make, while no machine needs it yet."""
+        with self._lock:
+            self._kept.append(checkpoint)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._kept.remove(checkpoint)
+            self.drop_unneeded()
+
+    def _children_of(self, checkpoint: str) -> list[int]:
+        return [one.pid for one in self.registry.all() if one.checkpoint == checkpoint and one.is_alive]
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Machine]:
+        """A machine by name, with nobody else at work on it.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        key = self.registry.get(name).key
+        with self._lock:
+            busy = self._busy.setdefault(key, threading.RLock())
+        with busy:
+            machine = self.registry.get(name)
+            if machine.key != key:
+                raise NotFoundError("machine", name, hint="it has just ended, and there is another one")
+            yield machine
+
+    def running(self, machine: Machine) -> Running:
+        """A machine's process.
+
+        Raises:
+            MachineError: It has ended.
+        """
+        with self._lock:
+            found = self._running.get(machine.key)
+        if found is not None:
+            return found
+        if not machine.is_alive:
+            raise MachineError(f"machine {machine.name} has ended")
+        found = self.hypervisor.attach(machine.pid, self.registry.directory(machine))
+        return self.adopt(machine, found)
+
+    def adopt(self, machine: Machine, running: Running) -> Running:
+        """Keeps the connection to a machine's process."""
+        with self._lock:
+            self._running[machine.key] = running
+        return running
+
+    def address(self, machine: Machine) -> int:
+        """Where a machine's memory begins in its process."""
+        if not machine.address:
+            address = self.running(machine).address()
+            machine = self.registry.save(replace(self.registry.get(machine.name), address=address))
+        return machine.address
+
+    def agent(self, machine: Machine) -> Agent:
+        """A conversation with a machine's agent.
+
+        Raises:
+            GuestError: Nobody answers.
+        """
+        return Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
+
+    def end(self, machine: Machine, *, gently: bool = False) -> None:
+        """Ends a machine's process, at once or after what it holds for its disks was sent; waits for that."""
+        if machine.is_alive:
+            if gently:
+                self.running(machine).quit()
+                wait_ended(machine, _END_SECONDS)
+            if machine.is_alive:
+                qemu.kill(machine.pid)
+                wait_ended(machine, _END_SECONDS)
+        with self._lock:
+            running = self._running.pop(machine.key, None)
+        if running is not None:
+            running.close()
+
+    def retire(self, machine: Machine) -> None:
+        """Removes what a machine that has ended leaves: its record, and its disks where they go with it."""
+        self.end(machine)
+        try:
+            if machine.disposable:
+                self.delete_disks(machine.configuration.disks)
+        finally:
+            self.registry.remove(machine)
+            with self._lock:
+                self._busy.pop(machine.key, None)
+        self.drop_unneeded()
+
+    def delete_disks(self, names: Sequence[str]) -> None:
+        """Deletes clones as soon as the server has let go of them; those that are gone already do not matter."""
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        for name in names:
+            while True:
+                try:
+                    self.store.delete(name)
+                    break
+                except NotFoundError:
+                    break
+                except InUseError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.005)
+
+    def drop_unneeded(self) -> None:
+        """Deletes the checkpoints that forks have made and no machine needs any more."""
+        with self._lock:
+            kept = set(self._kept)
+        needed = kept | {machine.checkpoint for machine in self.registry.all()}
+        for checkpoint in self.store.checkpoints.all():
+            if checkpoint.automatic and checkpoint.name not in needed:
+                try:
+                    self.store.checkpoints.delete(checkpoint.name)
+                except NotFoundError:
+                    continue
+                except StoreError as error:
+                    _log.error("checkpoint %s cannot be deleted now: %s", checkpoint.name, error)
+                    continue
+                self.templates.forget(checkpoint.number)
+
+    def close(self) -> None:
+        """Lets go of everything; machines go on."""
+        with self._lock:
+            left, self._running = list(self._running.values()), {}
+        for running in left:
+            running.close()
+        self.templates.close()
+
+
+def wait_ended(machine: Machine, seconds: float) -> bool:
+    """Waits until a machine's process has ended; whether it has."""
+    deadline = time.monotonic() + seconds
+    while machine.is_alive:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True

@@ -1,0 +1,334 @@
+"""QEMU: its command line, and the recipe by which it saves and loads the state of a machine.
+
+A machine that boots has anonymous memory; a child maps a sealed template privately. In both its own pages are
+private to its process, so one way of saving serves them all: the state of the devices without the memory
+(`xen-save-devices-state`), and the pages from the process. Children are told with `send-configuration=off` that
+the section is missing that only a whole migration begins with.
+
+Source: docs/devel/migration.rst, qapi/migration.json and hmp-commands-info.hx of QEMU 7.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cowstore.errors import InvalidError, MachineError, NotFoundError
+
+from .configuration import MIB, Configuration
+from .hypervisor import Launch, Nic
+from .monitor import Monitor
+
+PROGRAM = "qemu-system-x86_64"
+AGENT_PORT = "org.qemu.guest_agent.0"
+CONSOLE, CONSOLE_LOG, LOG, QMP, AGENT = "console.sock", "console.log", "qemu.log", "qmp.sock", "agent.sock"
+_CONTROL = "control.sock"  # a monitor of the manager's own: whoever talks to QMP keeps nobody waiting
+_RECONNECT_SECONDS = 86_400  # how long requests to the disks wait for a server to come back
+_START_SECONDS = 60.0
+_FIRST_DISK = 0x10  # its slot on the bus
+_TAIL = 2000  # bytes of the log that an error shows
+
+
+class Qemu:
+    """Starts machines in QEMU.
+
+    Args:
+        program: Its name or path.
+    """
+
+    def __init__(self, program: str = PROGRAM) -> None:
+        self._program = program
+
+    @functools.cached_property
+    def _path(self) -> str:
+        path = shutil.which(self._program)
+        if path is None:
+            raise NotFoundError("program", self._program, hint="on Debian: apt install qemu-system-x86")
+        return path
+
+    def _asked(self, *words: str) -> str:
+        done = subprocess.run(
+            [self._path, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
+        if done.returncode:
+            raise MachineError(f"{self._path} {' '.join(words)} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    @functools.cached_property
+    def _version(self) -> str:
+        found = re.search(r"version (\d+\.\d+)", self._asked("--version"))
+        if found is None:
+            raise MachineError(f"{self._path} does not tell its version")
+        return f"QEMU {found[1]}"
+
+    @functools.cached_property
+    def _machines(self) -> dict[str, str]:
+        """Every machine type, and what an alias stands for."""
+        found = {}
+        for line in self._asked("-machine", "help").splitlines()[1:]:
+            name, alias = line.split()[0], re.search(r"\(alias of (\S+)\)", line)
+            found[name] = alias[1] if alias else name
+        return found
+
+    def version(self) -> str:
+        """Major and minor version: within one, QEMU keeps what a state looks like."""
+        return self._version
+
+    def settled(self, configuration: Configuration) -> Configuration:
+        """See Hypervisor."""
+        machine = self._machines.get(configuration.machine)
+        if machine is None or "q35" not in machine:
+            raise InvalidError(
+                f"machine type {configuration.machine!r} is not known to {self._version}",
+                hint="q35, or a version of it that `qemu-system-x86_64 -machine help` lists",
+            )
+        cpu = configuration.cpu or ("host" if configuration.accelerator == "kvm" else "max")
+        return replace(configuration, machine=machine, cpu=cpu)
+
+    def start(self, launch: Launch) -> RunningQemu:
+        """See Hypervisor."""
+        with _listening(launch.directory / _CONTROL) as control, _state_file(launch.state) as state:
+            words = [self._path, *command_line(launch, control.fileno(), state)]
+            with (launch.directory / LOG).open("wb") as log:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    pass_fds=[control.fileno(), *([] if state is None else [state])], cwd=launch.directory,
+                )  # fmt: skip
+        try:
+            running = RunningQemu(launch.name, process.pid, launch.directory, process)
+            if launch.state is not None:
+                running.wait_loaded()
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            if isinstance(error, MachineError):
+                raise MachineError(f"{error}{_said(launch.directory)}") from error
+            raise
+        return running
+
+    def attach(self, pid: int, directory: Path) -> RunningQemu:
+        """See Hypervisor."""
+        return RunningQemu(f"process {pid}", pid, directory)
+
+    def find(self, directory: Path) -> Sequence[int]:
+        """See Hypervisor."""
+        mark = f"path={directory / QMP},".encode()
+        return [pid for pid in _processes() if mark in _command_line_of(pid)]
+
+
+class RunningQemu:
+    """One QEMU process; see hypervisor.Running.
+
+    Args:
+        name: The machine, for messages.
+        pid: The process.
+        directory: Where its sockets are.
+        process: The same, where it is a child of this one.
+
+    Attributes:
+        pid: The process.
+    """
+
+    def __init__(
+        self, name: str, pid: int, directory: Path, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.pid = pid
+        self._name = name
+        self._process = process
+        self._monitor = Monitor(name, directory / _CONTROL, _START_SECONDS)
+
+    def wait_loaded(self) -> None:
+        """Waits until its state is loaded."""
+        deadline = time.monotonic() + _START_SECONDS
+        while (status := self.status()) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise MachineError(f"machine {self._name} does not come to the end of loading its state")
+            time.sleep(0.001)
+        if status not in ("paused", "prelaunch"):
+            raise MachineError(f"machine {self._name} is {status} after loading its state")
+
+    def status(self) -> str:
+        """See Running."""
+        return str(self._monitor.execute("query-status")["status"])
+
+    def stop(self) -> None:
+        """See Running."""
+        self._monitor.execute("stop")
+
+    def resume(self) -> None:
+        """See Running."""
+        self._monitor.execute("cont")
+
+    def save_state(self, path: Path) -> None:
+        """See Running. Not live: the disks would be let go of, for another host to take over."""
+        self._monitor.execute("xen-save-devices-state", filename=str(path), live=False)
+
+    def address(self) -> int:
+        """See Running."""
+        said = self._monitor.execute("human-monitor-command", command_line="gpa2hva 0")
+        found = re.search(r"\(ram\) is (0x[0-9a-f]+)", str(said))
+        if found is None:
+            raise MachineError(f"QEMU does not tell where the memory of {self._name} is: {said}")
+        return int(found[1], 16)
+
+    def replace_nic(self, old: Nic | None, new: Nic) -> None:
+        """See Running. The back end of the old card goes first: with it, whatever the card would still send."""
+        if old is not None:
+            self._monitor.execute("netdev_del", id=f"net{old.port}")
+        self._monitor.execute("netdev_add", type="user", id=f"net{new.port}")
+        self._monitor.execute("device_add", **nic_properties(new))
+
+    def remove_nic(self, old: Nic, seconds: float) -> None:
+        """See Running."""
+        self._monitor.execute("device_del", id=f"nic{old.port}")
+        self._monitor.wait_deleted(f"nic{old.port}", seconds)
+
+    def has_agent(self) -> bool:
+        """See Running."""
+        devices = self._monitor.execute("query-chardev")
+        return any(one["label"] == "agent" and one["frontend-open"] for one in devices)
+
+    def power_down(self) -> None:
+        """See Running."""
+        self._monitor.execute("system_powerdown")
+
+    def quit(self) -> None:
+        """See Running."""
+        try:
+            self._monitor.execute("quit")
+        except MachineError:
+            pass  # it may be gone before it has answered
+
+    def close(self) -> None:
+        """See Running."""
+        self._monitor.close()
+
+
+def nic_properties(nic: Nic) -> dict[str, Any]:
+    """What `device_add` and `-device` need for a card. Its boot ROM would only take time and memory."""
+    port = f"port{nic.port}"
+    return {"driver": nic.model, "id": f"nic{nic.port}", "bus": port, "netdev": f"net{nic.port}", "mac": nic.mac,
+            "romfile": ""}  # fmt: skip
+
+
+def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
+    """QEMU's arguments. Every device has its place by number, so that none moves when another is left out.
+
+    Args:
+        launch: What is to be started.
+        control: The descriptor of a listening socket for the manager's monitor.
+        state: The descriptor of the state to be loaded.
+    """
+    one, at = launch.configuration, launch.directory
+    memory = f"size={one.memory}"
+    if launch.template:
+        memory = f"memory-backend-file,id=ram,{memory},mem-path={launch.template},share=off"
+    else:
+        memory = f"memory-backend-ram,id=ram,{memory}"
+    words = [
+        "-name", f"{launch.name},process=cowstore-vm", "-nodefaults", "-no-user-config", "-display", "none",
+        "-machine", f"{one.machine},memory-backend=ram,mem-merge=off,suppress-vmdesc=on",
+        "-accel", one.accelerator, "-cpu", one.cpu, "-smp", str(one.cpus), "-m", f"{one.memory // MIB}M",
+        "-object", memory,
+        "-device", f"vmgenid,guid={launch.generation}",
+        "-device", "pcie-root-port,id=port0,chassis=1,slot=1,addr=0x2",
+        "-device", "pcie-root-port,id=port1,chassis=2,slot=2,addr=0x3",
+        "-device", "virtio-serial-pci,id=serial0,addr=0x4",
+        "-chardev", f"socket,id=agent,path={at / AGENT},server=on,wait=off",
+        "-device", f"virtserialport,bus=serial0.0,chardev=agent,name={AGENT_PORT}",
+        "-chardev", f"socket,id=console,path={at / CONSOLE},server=on,wait=off,logfile={at / CONSOLE_LOG}",
+        "-serial", "chardev:console",
+        "-chardev", f"socket,id=control,fd={control},server=on,wait=off", "-mon", "chardev=control,mode=control",
+        "-chardev", f"socket,id=qmp,path={at / QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+    ]  # fmt: skip
+    for number, name in enumerate(one.disks):
+        words += disk(number, name, launch.socket)
+    if launch.nic is not None:
+        card = nic_properties(launch.nic)
+        driver = card.pop("driver")
+        words += ["-netdev", f"user,id=net{launch.nic.port}"]
+        words += ["-device", ",".join([driver, *(f"{key}={value}" for key, value in card.items())])]
+    if one.kernel:
+        words += ["-kernel", one.kernel, "-append", one.append]
+        words += ["-initrd", one.initrd] if one.initrd else []
+    words += one.extra
+    if state is not None:
+        words += ["-S", "-incoming", f"fd:{state}", "-global", "migration.send-configuration=off"]
+    return words
+
+
+def disk(number: int, name: str, server: Path) -> list[str]:
+    """A disk's arguments. Requests wait for the server where it is gone; nothing is written back late."""
+    node = {
+        "driver": "nbd", "node-name": f"disk{number}", "server": {"type": "unix", "path": str(server)},
+        "export": name, "reconnect-delay": _RECONNECT_SECONDS, "discard": "unmap",
+    }  # fmt: skip
+    place = f"addr={_FIRST_DISK + number:#x}"
+    card = f"virtio-blk-pci,id=vd{number},drive=disk{number},{place},serial=cowstore-{number}"
+    return ["-blockdev", json.dumps(node), "-device", card]
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """A socket that clients can connect to before QEMU has begun; nobody has to look for it again and again."""
+    path.unlink(missing_ok=True)  # of a process that has ended
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen(1)
+        yield sock
+
+
+@contextmanager
+def _state_file(state: bytes | None) -> Iterator[int | None]:
+    """The state as a file in memory that the new process inherits."""
+    if state is None:
+        yield None
+        return
+    fd = os.memfd_create("cowstore-state", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(state)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _said(directory: Path) -> str:
+    """What QEMU has said before it went, for an error's message."""
+    try:
+        text = (directory / LOG).read_bytes()[-_TAIL:].decode(errors="replace").strip()
+    except OSError:
+        return ""
+    return f"; QEMU said: {text}" if text else ""
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _command_line_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill(pid: int) -> None:
+    """Ends a process at once; harmless where it is gone."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,179 @@
+"""The registry: which machines there are on this host, in files that outlive every process of ours.
+
+A machine has a directory with its sockets, its logs and its record. The record is replaced as a whole. A machine
+that is on record as being started is known to nobody yet; whoever finds one after its manager's death removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from cowstore.errors import ExistsError, NotFoundError
+
+from .configuration import Configuration
+from .hypervisor import Nic
+from .identity import Identity
+
+_RECORD = "machine.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine as the registry keeps it.
+
+    Attributes:
+        key: The name of its directory, never that of another machine.
+        name: Its name.
+        configuration: What it is like.
+        created: When it was asked for, seconds since 1970.
+        parent: The machine or checkpoint that it was forked from; empty where it was started.
+        checkpoint: The checkpoint whose memory it maps; empty where it was started.
+        disposable: Whether its disks go with it.
+        identity: What it was made to be; None where it was left as its parent.
+        generation: The GUID by which its guest is told of forks.
+        nic: The network card that it has.
+        held: Whether it stands still, or its file systems do, for a checkpoint that is being taken.
+        pid: Its process; 0 while it is being started.
+        started: When that process began, by the kernel's count: pids are used again.
+        address: Where its memory begins in its process.
+    """
+
+    key: str
+    name: str
+    configuration: Configuration
+    created: float
+    parent: str = ""
+    checkpoint: str = ""
+    disposable: bool = False
+    identity: Identity | None = None
+    generation: str = ""
+    nic: Nic | None = None
+    held: bool = False
+    pid: int = 0
+    started: int = 0
+    address: int = 0
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """The inverse of write(). Raises ValueError."""
+        try:
+            facts: dict[str, Any] = json.loads(text)
+            facts["configuration"] = Configuration.read(facts["configuration"])
+            facts["identity"] = Identity(**facts["identity"]) if facts["identity"] else None
+            facts["nic"] = Nic(**facts["nic"]) if facts["nic"] else None
+            return cls(**facts)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a machine's record makes no sense: {error}") from error
+
+    def write(self) -> str:
+        """The text of its record."""
+        return json.dumps(asdict(self), indent=2)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return self.pid != 0 and process_start(self.pid) == self.started
+
+
+class Registry:
+    """The machines of one store on this host.
+
+    Args:
+        directory: Where they are; private.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._machines: dict[str, Machine] = {}
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+    def load(self) -> Iterator[Machine | Path]:
+        """Every machine that is on record; a directory without a sound record is given as it is."""
+        for place in sorted(self._directory.iterdir()):
+            try:
+                machine = Machine.read((place / _RECORD).read_text())
+            except (OSError, ValueError):
+                yield place
+                continue
+            with self._lock:
+                self._machines[machine.name] = machine
+            yield machine
+
+    def all(self) -> list[Machine]:
+        """All of them, sorted by name."""
+        with self._lock:
+            return sorted(self._machines.values(), key=lambda machine: machine.name)
+
+    def get(self, name: str) -> Machine:
+        """The machine of that name; NotFoundError where there is none."""
+        with self._lock:
+            found = self._machines.get(name)
+        if found is None:
+            raise NotFoundError("machine", name, hint="`cowstore vm ls` shows all that run")
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether there is a machine of that name."""
+        with self._lock:
+            return name in self._machines
+
+    def add(self, machine: Machine) -> Machine:
+        """Puts a machine on record that is about to be started, with a directory of its own.
+
+        Raises:
+            ExistsError: The name is taken.
+        """
+        machine = replace(machine, key=os.urandom(4).hex())
+        with self._lock:
+            if machine.name in self._machines:
+                raise ExistsError("machine", machine.name, hint="choose another name, or stop it first")
+            self._machines[machine.name] = machine
+        try:
+            self.directory(machine).mkdir(mode=0o700)
+            return self.save(machine)
+        except BaseException:
+            self.remove(machine)
+            raise
+
+    def save(self, machine: Machine) -> Machine:
+        """Writes a machine's record."""
+        path = self.directory(machine) / _RECORD
+        aside = path.with_suffix(".tmp")
+        aside.write_text(machine.write())
+        aside.replace(path)
+        with self._lock:
+            self._machines[machine.name] = machine
+        return machine
+
+    def remove(self, machine: Machine) -> None:
+        """Forgets a machine, and removes its directory; harmless when done twice."""
+        shutil.rmtree(self.directory(machine), ignore_errors=True)
+        with self._lock:
+            found = self._machines.get(machine.name)
+            if found is not None and found.key == machine.key:
+                del self._machines[machine.name]
+
+    def directory(self, machine: Machine) -> Path:
+        """Where a machine's sockets and logs are."""
+        return self._directory / machine.key
+
+
+def process_start(pid: int) -> int:
+    """When a process began, in clock ticks since the boot; -1 where it has ended.
+
+    Source: proc(5), field 22 of /proc/PID/stat.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return -1
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
