@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .collector import Collection
     from .devices import Device, Extent
     from .differences import Change
-    from .usage import Stats, Usage
+    from .usage import MemoryUsage, Stats, Usage
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ _LATE = {
     "Collection": "collector",
     "Device": "devices",
     "Extent": "devices",
+    "MemoryUsage": "usage",
     "Stats": "usage",
     "Usage": "usage",
 }
@@ -79,6 +80,7 @@ __all__ = [
     "InUseError",
     "InvalidError",
     "MachineError",
+    "MemoryUsage",
     "NoSpaceError",
     "NotFoundError",
     "PoisonedError",

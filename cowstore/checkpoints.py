@@ -8,6 +8,7 @@ to the checkpoint. Who dies in between leaves hidden images without an owner, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from .catalog import DeviceInfo
 from .checkpoint import AUTOMATIC, RECORD_LIMIT, CheckpointRecord
 from .devices import Device
 from .environment import Environment, Snapshot
-from .errors import ClosedError, InvalidError, NotFoundError
+from .errors import ClosedError, InvalidError, NotFoundError, PoisonedError
 from .imports import Import, copy_hidden, fill_hidden, is_durable
 from .layout import CLONE, EPHEMERAL, HIDDEN, IMAGE, NAME_LIMIT, DeviceRecord, Root
 from .lineage import Lineage
@@ -169,12 +170,13 @@ class Pending:
 
         Raises:
             ExistsError: The name is taken.
+            InvalidError: It is no name, or the configuration is too large.
         """
         assert self._memory
         assert self._state
         self.settle_disks()  # where it was not done: the next boot would take a disk out of the checkpoint
         with self._environment.write() as writer:
-            catalog.check_free_checkpoint(writer, name)
+            catalog.check_free_checkpoint(writer, catalog.check_name(name))
             images = (self._memory, self._state, *(disk.number for disk in self._disks))
             created, flags = _image(writer, self._memory).created, AUTOMATIC if automatic else 0
             record = CheckpointRecord(
@@ -322,7 +324,7 @@ class Checkpoints:
     def check_free(self, name: str) -> None:
         """Raises ExistsError where a name is taken; before long work whose result is to have it."""
         with self._environment.read() as snapshot:
-            catalog.check_free_checkpoint(snapshot, name)
+            catalog.check_free_checkpoint(snapshot, catalog.check_name(name))
 
     def begin(self, disks: Sequence[str]) -> Pending:
         """Secures the last flushed moments of a machine's clones; the rest of a checkpoint is to follow."""
@@ -411,10 +413,14 @@ def _image(snapshot: Snapshot, number: int) -> DeviceRecord:
 
 
 def _drop(environment: Environment, lineage: Lineage, numbers: list[int], owner: int) -> None:
-    """Drops the hidden images that still are their owner's: an interrupt does not tell, but the catalog does."""
-    with environment.read() as snapshot:
-        found = [catalog.by_number(snapshot, number) for number in numbers]
-    lineage.drop_hidden([one.number for one in found if one is not None and one.owner == owner])
+    """Drops the hidden images that still are their owner's: an interrupt does not tell, but the catalog does.
+
+    Where the store is closed or can write no more they go with the process lease.
+    """
+    with suppress(ClosedError, PoisonedError):
+        with environment.read() as snapshot:
+            found = [catalog.by_number(snapshot, number) for number in numbers]
+        lineage.drop_hidden([one.number for one in found if one is not None and one.owner == owner])
 
 
 def _blank(size: int) -> Root:

@@ -15,6 +15,8 @@ from .marks import Marks
 from .owners import Owners
 from .segments import Segments
 
+_NO_IDS: tree.Ids = np.empty(0, np.uint64)
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -36,6 +38,23 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class MemoryUsage:
+    """How much of a checkpoint's memory is shared, in pages.
+
+    Attributes:
+        checkpoint: Its name.
+        pages: Pages that are not zero.
+        on_disk: Of those, the pages whose content some disk has, too, which is stored once for both.
+        shared: Of those, the pages whose content the memory of another checkpoint has, too.
+    """
+
+    checkpoint: str
+    pages: int
+    on_disk: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a store holds.
 
@@ -52,6 +71,7 @@ class Stats:
         index_entries: Digests in the index, about.
         file_bytes: What the segment files take on the disk.
         catalog_bytes: What the catalog takes on the disk.
+        memories: What each checkpoint's memory shares, in the order of their names.
     """
 
     images: int
@@ -66,6 +86,7 @@ class Stats:
     index_entries: int
     file_bytes: int
     catalog_bytes: int
+    memories: tuple[MemoryUsage, ...]
 
 
 def usage(snapshot: Snapshot, segments: Segments, record: DeviceRecord) -> Usage:
@@ -157,8 +178,31 @@ def stats(snapshot: Snapshot, segments: Segments, index_entries: int, catalog_by
     return Stats(
         images, len(shown) - images, len(numbers), sum(record.root.size for record in shown),
         _allocated(segments, shown), size[USED], size[RESERVED], size[DOOMED], size[FREE], index_entries,
-        segments.file_bytes(), catalog_bytes,
+        segments.file_bytes(), catalog_bytes, memories(snapshot, segments),
     )  # fmt: skip
+
+
+def memories(snapshot: Snapshot, segments: Segments) -> tuple[MemoryUsage, ...]:
+    """What the memory of each checkpoint shares with disks, and with that of others."""
+    checkpoints = sorted(catalog.checkpoints(snapshot), key=lambda one: one.name)
+    if not checkpoints:
+        return ()
+    own = {number for one in checkpoints for number in (one.memory, one.state)}
+    records = {record.number: record for record in catalog.devices(snapshot)}
+    disks = [one.root for number, one in records.items() if number not in own and not catalog.is_gone(one)]
+    on_disk = np.unique(np.concatenate([_ids(segments, root) for root in set(disks)] or [_NO_IDS]))
+    pages = [_ids(segments, records[one.memory].root) for one in checkpoints]
+    known, times = np.unique(np.concatenate([np.unique(ids) for ids in pages]), return_counts=True)
+    several = known[times > 1]
+    return tuple(
+        MemoryUsage(one.name, len(ids), int(np.isin(ids, on_disk).sum()), int(np.isin(ids, several).sum()))
+        for one, ids in zip(checkpoints, pages, strict=True)
+    )
+
+
+def _ids(segments: Segments, root: Root) -> tree.Ids:
+    """The ids of all blocks that a tree names, one for each place."""
+    return np.concatenate([ids[ids != 0] for _, ids in tree.leaves(segments, root)] or [_NO_IDS])
 
 
 def _allocated(segments: Segments, records: list[DeviceRecord]) -> int:

@@ -1,26 +1,43 @@
 #!/bin/sh
-# Fetch what the guests of the tests are made of, a kernel for virtual machines and a busybox that needs no libraries,
-# and unpack both into .cache/guest:  fetch-guest.sh [FOLDER]
+# Fetch what the guests of the tests are made of, a kernel for virtual machines, a busybox that needs no libraries and
+# QEMU's guest agent with its libraries, and unpack them into .cache/guest:  fetch-guest.sh [FOLDER]
 #
-# Installed as packages they would put a kernel into /boot and take the place of another busybox; unpacked they touch
-# nothing. Where the system has both already nothing happens, unless a folder is named.
+# Installed as packages they would put a kernel into /boot, take the place of another busybox and start a service;
+# unpacked they touch nothing. What the system has is not fetched, unless a folder is named.
 set -eu
 
 folder=${1:-$(dirname "$0")/../.cache/guest}
+named=${1:+yes}
 
+# Whether a folder holds a part; of the system's kernels only those that are made for virtual machines count.
 has_kernel() {
-    for image in /boot/vmlinuz-*-cloud-amd64; do
-        [ ! -r "$image" ] || [ ! -e "/lib/modules/${image#/boot/vmlinuz-}/modules.builtin" ] || return 0
+    for image in "$1"/boot/vmlinuz-*${2:-}; do
+        for modules in "$1/lib/modules" "$1/usr/lib/modules"; do
+            [ ! -r "$image" ] || [ ! -e "$modules/${image#"$1"/boot/vmlinuz-}/modules.builtin" ] || return 0
+        done
     done
     return 1
 }
 
 has_busybox() {
-    [ -e /bin/busybox ] && ! grep -q /ld-linux /bin/busybox
+    for busybox in "$1/bin/busybox" "$1/usr/bin/busybox"; do
+        [ ! -e "$busybox" ] || grep -q /ld-linux "$busybox" || return 0
+    done
+    return 1
 }
 
-[ ! -e "$folder" ] || exit 0
-[ $# -gt 0 ] || ! has_kernel || ! has_busybox || exit 0
+has_agent() {
+    [ -e "$1/usr/sbin/qemu-ga" ]
+}
+
+missing() {
+    for part in kernel busybox agent; do
+        "has_$part" "$folder" || { [ -z "$named" ] && "has_$part" "" -cloud-amd64; } || echo "$part"
+    done
+}
+
+parts=$(missing)
+[ -n "$parts" ] || exit 0
 command -v apt-get >/dev/null && [ "$(dpkg --print-architecture)" = amd64 ] || exit 0
 
 # The packages that the names of these today stand for; Ubuntu has the second.
@@ -33,22 +50,35 @@ kernel_packages() {
     return 1
 }
 
-download() {
-    packages=$(kernel_packages) || return 1
-    # shellcheck disable=SC2086  # one word a package
-    (cd "$new" && apt-get download -qq -o APT::Sandbox::User="$(id -un)" $packages busybox-static)
+busybox_packages() {
+    echo busybox-static
 }
 
-echo "fetch-guest: fetching a kernel and a busybox for the guests of the tests"
+# The agent, and every package of a library that it may need.
+agent_packages() {
+    apt-cache depends --recurse --no-pre-depends --no-recommends --no-suggests --no-conflicts --no-breaks \
+        --no-replaces --no-enhances qemu-guest-agent 2>/dev/null |
+        grep -x 'qemu-guest-agent\|z\?lib[^ :]*'
+}
+
+download() {
+    packages=$(for part in $parts; do "${part}_packages" || exit 1; done) || return 1
+    # shellcheck disable=SC2086  # one word a package
+    (cd "$new" && apt-get download -qq -o APT::Sandbox::User="$(id -un)" $packages)
+}
+
+echo "fetch-guest: fetching for the guests of the tests:" $parts
 mkdir -p "$(dirname "$folder")"
 new=$(mktemp -d "$folder.XXXXXX")
 trap 'rm -rf "$new"' EXIT
-[ $# -gt 0 ] || echo '*' >"$(dirname "$folder")/.gitignore"
+[ -n "$named" ] || echo '*' >"$(dirname "$folder")/.gitignore"
 download 2>/dev/null || { apt-get update -qq && download; } || {
     echo "fetch-guest: that failed; the tests that need them will say so" >&2
     exit 0
 }
-mkdir "$new/root"
+# The folder is whole or not there: what is interrupted here is fetched again.
+[ ! -e "$folder" ] || mv "$folder" "$new/root"
+mkdir -p "$new/root"
 for package in "$new"/*.deb; do
     dpkg-deb -x "$package" "$new/root"
 done

@@ -14,6 +14,7 @@ OK = 0
 OTHER = 1
 USAGE = 2
 NO_SPACE = 7
+MACHINE = 12
 HUNG_UP = 129
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -31,6 +32,7 @@ CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.FormatError, 9, "not a store, or one of an unknown version"),
     (errors.SourceError, 10, "an import source cannot be read, or changed meanwhile"),
     (errors.PoisonedError, 11, "a write or sync failed: the disk may be failing"),
+    (errors.MachineError, MACHINE, "a machine, its hypervisor or the system inside did not do what was asked"),
 )
 """Each class of error, its exit code, and what the code means; the reference is made from it."""
 

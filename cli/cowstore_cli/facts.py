@@ -21,13 +21,13 @@ NO_DEVICES = "no devices yet: `cowstore import` and `cowstore create` make some"
 def ls(session: Session, as_json: bool) -> None:
     """List the devices. A parent in parentheses is deleted."""
     with session.look() as store:
-        devices = store.devices()
+        devices, checkpoints = store.devices(), store.checkpoints.all()
     if as_json:
         console.emit(devices)
         return
     if console.says_nothing(devices, NO_DEVICES):
         return
-    living = {one.number for one in devices}
+    living = {one.number for one in devices} | {number for one in checkpoints for number in one.images}
     rows = [(one.name, _kind(one), sizes.show(one.size), _parent(one, living), _when(one)) for one in devices]
     console.table(("NAME", "KIND", "SIZE", "PARENT", "CREATED"), rows, right=["SIZE"])
 
@@ -81,6 +81,7 @@ def show(session: Session, name: str, as_json: bool) -> None:
     """Show everything about device NAME: lineage, times and space."""
     with session.look() as store:
         device, usage, devices = store.info(name), store.usage(name), store.devices()
+        images = {number for one in store.checkpoints.all() for number in one.images}
     children = [one.name for one in devices if one.parent_number == device.number]
     if as_json:
         console.emit(console.plain(device) | {"usage": usage, "children": children})
@@ -90,7 +91,7 @@ def show(session: Session, name: str, as_json: bool) -> None:
             ("name", device.name),
             ("kind", ("ephemeral " if device.ephemeral else "") + device.kind),
             ("number", str(device.number)),
-            ("parent", _parent(device, {one.number for one in devices})),
+            ("parent", _parent(device, images | {one.number for one in devices})),
             ("children", f"{len(children):,}"),
             ("created", _when(device)),
             ("sequence", str(device.sequence)),
@@ -160,7 +161,8 @@ def stats(session: Session, as_json: bool) -> None:
 
     VIRTUAL is what all guests together see, ALLOCATED what of it holds data, and USED what that takes: blocks are
     stored once, however many devices have them. RESERVED is held ready by writers, DOOMED waits to be erased, FREE
-    can be written before another segment is added. FILES is what the segments take on the disk.
+    can be written before another segment is added. FILES is what the segments take on the disk. Of a checkpoint's
+    memory ON-DISK are the pages that some disk has, too, and SHARED those that another checkpoint has.
     """
     with session.look() as store:
         found = store.stats()
@@ -184,3 +186,14 @@ def stats(session: Session, as_json: bool) -> None:
             ("catalog", sizes.exact(found.catalog_bytes)),
         ]
     )
+    if found.memories:
+        console.say("")
+        rows = [(one.checkpoint, f"{one.pages:,}", _part(one.on_disk, one.pages), _part(one.shared, one.pages))
+                for one in found.memories]  # fmt: skip
+        headers = ("CHECKPOINT", "PAGES", "ON-DISK", "SHARED")
+        console.table(headers, rows, right=headers[1:])
+
+
+def _part(count: int, total: int) -> str:
+    """A number of pages, and how much that is of all."""
+    return f"{count:,} ({100 * count / max(total, 1):.0f}%)"

@@ -39,6 +39,7 @@ COMMANDS = {
     "gc": "maintenance:gc",
     "stats": "facts:stats",
     "serve": "serving:serve",
+    "vm": "vm:vm",
     "backup": "maintenance:backup",
     "completion": "completion:completion",
 }
@@ -135,7 +136,7 @@ def _drop_stdout() -> None:
 @partial(common_options, envvar="COWSTORE")
 @click.version_option(package_name="cowstore", message="cowstore %(version)s")
 def cli() -> None:
-    """Keep the disks of virtual machines: import an image once, clone it a thousand times, fork, seal, export.
+    """Keep the disks and the memory of virtual machines: import an image once, clone it, fork what runs.
 
     The store is a directory, named by --store or by the variable COWSTORE. Sizes and offsets are bytes, or a
     number and K, M, G, T, P or E, powers of 1024: 20G, 512M, 4KiB.

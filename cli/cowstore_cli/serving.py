@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 import cowstore
-from cowstore_cli import console, exits, sizes
+from cowstore_cli import console, exits, runtime, sizes
 from cowstore_cli.options import common_options, device_argument
 from cowstore_cli.session import Session, pass_session
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
+    from cowstore import machines
     from cowstore.nbd import Counters, Listener, Server
 
 _ENDINGS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -40,12 +42,13 @@ _FILE = click.Path(dir_okay=False)
 @click.option("--tls-key", metavar="FILE", type=_FILE, help="The certificate's private key.")
 @click.option("--tls-ca", metavar="FILE", type=_FILE, help="What the clients' certificates are checked against.")
 @click.option("--metrics", metavar="FILE", type=_FILE, help="Write numbers there, in Prometheus' text format.")
+@click.option("--idle", metavar="SECONDS", type=float, help="End after so long without clients and machines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @common_options
 @pass_session
 def serve(
     session: Session, names: tuple[str, ...], path: str | None, tcp: str | None, tls_cert: str | None,
-    tls_key: str | None, tls_ca: str | None, metrics: str | None, as_json: bool,
+    tls_key: str | None, tls_ca: str | None, metrics: str | None, idle: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve devices as disks over NBD: all of them, or those named. Images are read-only, clones are writable.
 
@@ -53,6 +56,9 @@ def serve(
     they are made. Only processes of the same user can connect, at a socket in that user's runtime directory,
     unless another place is named. With --tls-cert, --tls-key and --tls-ca every client needs a certificate of the
     same authority. SIGTERM answers what was asked, flushes, and ends.
+
+    At a Unix socket, and with all devices, it also answers for the store's running machines (`cowstore vm`). They
+    go on when it ends, and wait for their disks until it is back.
     """
     logging.basicConfig(format="cowstore: %(message)s", level=logging.WARNING)
     if path is not None and tcp is not None:
@@ -61,7 +67,7 @@ def serve(
     with _signals_held(), session.open() as store, store.serving():
         for name in names:
             store.info(name)  # a name that is not there is a mistake now, not when a client asks for it
-        _run(store, _listeners(store, path, tcp), names, tls, metrics, as_json)
+        _run(store, _listeners(store, path, tcp), names, tls, metrics, idle, as_json)
 
 
 def _tls(certificate: str | None, key: str | None, authority: str | None) -> ssl.SSLContext | None:
@@ -82,28 +88,12 @@ def _listeners(store: cowstore.Store, path: str | None, tcp: str | None) -> list
     if path is not None:
         return [nbd.listen_unix(path)]
     passed = nbd.passed(os.environ.get("LISTEN_PID", ""), os.environ.get("LISTEN_FDS", ""))
-    return passed or [nbd.listen_unix(_runtime_directory(store.path) / "nbd.sock")]
-
-
-def _runtime_directory(store: Path) -> Path:
-    """Where a store's server is found: by the directory's place on the disk, which no copy of it shares."""
-    from cowstore import nbd
-
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        top = Path(runtime, "cowstore")
-    else:
-        top = Path("/run/cowstore") if os.geteuid() == 0 else Path(f"/tmp/cowstore-{os.geteuid()}")
-    status = store.stat()
-    place = top / f"{status.st_dev:x}-{status.st_ino:x}"
-    for directory in (top, place):
-        nbd.make_private(directory)
-        nbd.check_private(directory)
-    return place
+    return passed or [nbd.listen_unix(runtime.directory(store.path) / runtime.NBD)]
 
 
 def _run(
     store: cowstore.Store, listeners: Sequence[Listener], names: Sequence[str], tls: ssl.SSLContext | None,
-    metrics: str | None, as_json: bool,
+    metrics: str | None, idle: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     from cowstore import nbd
 
@@ -112,10 +102,13 @@ def _run(
     if metrics:
         _write_metrics(server, Path(metrics))  # a place where it cannot be is a mistake now; later it is a pity
     server.start()
+    vms = _Machines(store, server) if tls is None and not names and listeners[0].is_unix else None
     try:
         _announce(store, server, tls is not None, as_json)
-        _watch(server, Path(metrics) if metrics else None)
+        _watch(server, Path(metrics) if metrics else None, _Idleness(server, vms, idle))
     finally:
+        if vms is not None:
+            vms.close()
         in_time = server.stop()
         if metrics:
             _try_metrics(server, Path(metrics))
@@ -158,15 +151,76 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _watch(server: Server, metrics: Path | None) -> None:
-    """Waits for a signal; meanwhile draws the live line and writes the metrics."""
+class _Machines:
+    """The store's running machines, and the socket at which commands ask about them.
+
+    The manager comes with the first machine: who only serves disks needs nothing of what it needs.
+    """
+
+    def __init__(self, store: cowstore.Store, server: Server) -> None:
+        from cowstore import machines
+
+        self._store = store
+        self._server = server
+        self._place = runtime.directory(store.path)
+        self._verbs: machines.Verbs | None = None
+        self._lock = threading.Lock()
+        if any((self._place / runtime.MACHINES).glob("*")):
+            self._made()
+        self._control = machines.Server(self._made, self._place / runtime.CONTROL)
+
+    def _made(self) -> machines.Verbs:
+        from cowstore import machines
+
+        with self._lock:
+            if self._verbs is None:
+                manager = machines.Manager(self._store, self._server, self._place / runtime.MACHINES)
+                self._verbs = machines.Verbs(manager, machines.Accelerators(self._place / runtime.ACCELERATORS))
+            return self._verbs
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no machine, and nobody asks about one."""
+        return not self._control.busy and (self._verbs is None or self._verbs.manager.idle)
+
+    def close(self) -> None:
+        """Lets go of the machines, which go on."""
+        self._control.close()
+        if self._verbs is not None:
+            self._verbs.manager.close()
+
+
+class _Idleness:
+    """Whether nothing has been to do for so long that the server may end."""
+
+    def __init__(self, server: Server, machines: _Machines | None, seconds: float | None) -> None:
+        self._server = server
+        self._machines = machines
+        self._seconds = seconds
+        self._since = time.monotonic()
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks."""
+        return 3600.0 if self._seconds is None else max(min(self._seconds / 4, 5.0), 0.1)
+
+    def lasts(self) -> bool:
+        """Looks; whether it has lasted long enough now."""
+        if self._server.clients or not (self._machines is None or self._machines.idle):
+            self._since = time.monotonic()
+        return self._seconds is not None and time.monotonic() - self._since >= self._seconds
+
+
+def _watch(server: Server, metrics: Path | None, idleness: _Idleness) -> None:
+    """Waits for a signal, or until nothing is to do; meanwhile draws the live line and writes the metrics."""
     line = _LiveLine(server) if sys.stderr.isatty() else None
     due = time.monotonic()
     while True:
         if metrics is not None and time.monotonic() >= due:
             _try_metrics(server, metrics)
             due = time.monotonic() + _METRICS_SECONDS
-        if signal.sigtimedwait(_endings(), 1.0 if line or metrics else 3600.0) is not None:
+        wait = min(1.0 if line or metrics else 3600.0, idleness.tick)
+        if signal.sigtimedwait(_endings(), wait) is not None or idleness.lasts():
             break
         if line is not None:
             line.draw()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .accelerators import Accelerators
+    from .answering import Server, Verbs
     from .configuration import Configuration
-    from .control import Client, Server
+    from .control import Client
     from .forking import Child, Wish
     from .manager import MachineInfo, Manager
 
@@ -28,11 +29,22 @@ _LATE = {
     "Configuration": "configuration",
     "MachineInfo": "manager",
     "Manager": "manager",
-    "Server": "control",
+    "Server": "answering",
+    "Verbs": "answering",
     "Wish": "forking",
 }
 
-__all__ = ["Accelerators", "Child", "Client", "Configuration", "MachineInfo", "Manager", "Server", "Wish"]
+__all__ = [
+    "Accelerators",
+    "Child",
+    "Client",
+    "Configuration",
+    "MachineInfo",
+    "Manager",
+    "Server",
+    "Verbs",
+    "Wish",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -96,6 +96,13 @@ class Agent:
             raise self._error(command, str(answer["error"].get("desc", "it says no")))
         return answer.get("return")
 
+    def tell(self, command: str, **arguments: Any) -> None:
+        """Has the agent do something that it does not answer, as it goes down with the guest."""
+        try:
+            self._send(f"guest-{command}", arguments)
+        except OSError as error:
+            raise self._error(command, str(error)) from error
+
     def run(
         self, words: Sequence[str], *, data: bytes = b"", environment: Mapping[str, str] | None = None,
         seconds: float = _COMMAND_SECONDS,

@@ -266,12 +266,21 @@ class Manager:
         """
         with self._host.alone(name) as machine:
             if seconds and machine.is_alive and not machine.disposable:
-                self._host.running(machine).power_down()
+                self._ask_to_shut_down(machine)
                 if not wait_ended(machine, seconds):
                     raise MachineError(
                         f"the guest of {name} has not shut down within {seconds:g} s", hint="stop it with --now"
                     )
             self._end(machine, gently=not machine.disposable)
+
+    def _ask_to_shut_down(self, machine: Machine) -> None:
+        """By the agent, where there is one; by the button otherwise."""
+        running = self._host.running(machine)
+        if not running.has_agent():
+            running.power_down()
+            return
+        with self._host.agent(machine) as agent:
+            agent.tell("shutdown")
 
     def _end(self, machine: Machine, *, gently: bool) -> None:
         self._host.end(machine, gently=gently)
@@ -339,7 +348,8 @@ class Manager:
         self._host.store.checkpoints.delete(name)
         self._host.templates.forget(number)
 
-    def when_idle(self) -> bool:
+    @property
+    def idle(self) -> bool:
         """Whether there is no machine."""
         return not self._host.registry.all()
 

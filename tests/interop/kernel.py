@@ -55,14 +55,14 @@ class Kernel:
         builtin = (modules / "modules.builtin").read_text().splitlines()
         self._builtin = {plain(Path(line).stem) for line in builtin}
 
-    def drivers(self) -> list[Driver]:
-        """What a guest loads to see its disk, in the order of loading.
+    def drivers(self, further: Iterable[str] = ()) -> list[Driver]:
+        """What a guest loads to see its disk, and further ones by name, in the order of loading.
 
         Raises:
             UnfitError: one is missing, or is compressed in a way that is not known here.
         """
         order: dict[str, Driver] = {}
-        for name in [*DRIVERS, *(name for name in WHERE_PRESENT if name in self._modules)]:
+        for name in [*DRIVERS, *further, *(name for name in WHERE_PRESENT if name in self._modules)]:
             self._add(name, order)
         return list(order.values())
 
@@ -102,8 +102,8 @@ def kernels(roots: Iterable[Path]) -> Iterator[Kernel]:
                 break
 
 
-def find_kernel(roots: Iterable[Path] = ROOTS) -> Kernel:
-    """The first kernel that can be read and that has its drivers.
+def find_kernel(roots: Iterable[Path] = ROOTS, further: Iterable[str] = ()) -> Kernel:
+    """The first kernel that can be read and that has its drivers, and further ones by name.
 
     Raises:
         UnfitError: there is none; the message has what is wrong with each.
@@ -112,7 +112,7 @@ def find_kernel(roots: Iterable[Path] = ROOTS) -> Kernel:
     for kernel in kernels(roots):
         try:
             with kernel.image.open("rb"):  # on Ubuntu root alone may read it
-                kernel.drivers()
+                kernel.drivers(further)
                 return kernel
         except (UnfitError, OSError) as error:
             reasons.append(str(error))

@@ -58,13 +58,16 @@ DISK_CALLS = {
 }
 
 # Parts of the library that are public as modules of their own.
-PUBLIC = ("cowstore.errors", "cowstore.nbd")
+PUBLIC = ("cowstore.errors", "cowstore.machines", "cowstore.nbd")
 
 # These work on files of other people's, not on the store's.
 OUTSIDE = {
     "sources": "reads what is imported",
     "exports": "writes what is exported: aside, synced, renamed",
     "listeners": "makes sockets and their directories",
+    "template": "makes files in memory",
+    "pages": "makes files in memory",
+    "qemu": "makes a file in memory, and the log of a process",
 }
 
 # Where another module may touch the store's, as (module, call): the reason.

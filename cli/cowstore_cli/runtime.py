@@ -1,0 +1,93 @@
+"""Where what runs is found: a store's server, its machines and their sockets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cowstore
+
+if TYPE_CHECKING:
+    from cowstore.machines import Client
+
+NBD, CONTROL, MACHINES, LOG, ACCELERATORS = "nbd.sock", "control.sock", "m", "server.log", "accelerators.json"
+IDLE_SECONDS = 60
+_START_SECONDS = 30.0
+
+
+def directory(store: Path) -> Path:
+    """The private directory of a store, by its place on the disk, which no copy of it shares; made if missing."""
+    from cowstore import nbd
+
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        top = Path(runtime, "cowstore")
+    else:
+        top = Path("/run/cowstore") if os.geteuid() == 0 else Path(f"/tmp/cowstore-{os.geteuid()}")
+    status = store.stat()
+    place = top / f"{status.st_dev:x}-{status.st_ino:x}"
+    for one in (top, place):
+        nbd.make_private(one)
+        nbd.check_private(one)
+    return place
+
+
+def client(store: Path) -> Client:
+    """Whoever asks a store's server, which may run or not."""
+    from cowstore.machines import Client
+
+    return Client(directory(store) / CONTROL)
+
+
+def connect(store: str) -> Client:
+    """Whoever answers for a store's machines: its server, which is started where there is none.
+
+    Raises:
+        NotFoundError: There is no such store.
+        MachineError: The server does not start, or has no machines.
+    """
+    path = Path(store)
+    if not (path / "store.json").is_file():
+        raise cowstore.NotFoundError("store", store, hint="`cowstore init` makes one")
+    place, asking = directory(path), client(path)
+    if _answers(asking):
+        return asking
+    server = _start_server(path, place)
+    deadline = time.monotonic() + _START_SECONDS
+    while not _answers(asking):
+        if server.poll() is not None and not _answers(asking):
+            raise _not_started(place)
+        if time.monotonic() > deadline:
+            raise cowstore.MachineError(f"the server of {store} does not answer", hint=f"see {place / LOG}")
+        time.sleep(0.02)
+    return asking
+
+
+def _answers(asking: Client) -> bool:
+    try:
+        asking.ask("ping")
+    except OSError:
+        return False
+    return True
+
+
+def _start_server(store: Path, place: Path) -> subprocess.Popen[Any]:
+    """`cowstore serve` on its own, which ends when it has had nothing to do for a while."""
+    words = [sys.executable, "-m", "cowstore_cli", "--store", str(store.absolute()), "serve"]
+    with (place / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [*words, "--idle", str(IDLE_SECONDS)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True, cwd="/",
+        )  # fmt: skip
+
+
+def _not_started(place: Path) -> cowstore.MachineError:
+    lines = (place / LOG).read_text(errors="replace").strip().splitlines()
+    said = lines[-1].removeprefix("cowstore: ") if lines else "it says nothing"
+    return cowstore.MachineError(
+        f"no server for machines could be started: {said}",
+        hint="a server that is running has machines if it was started without names and at a Unix socket",
+    )
