@@ -47,7 +47,7 @@ clean:  ## Remove what the verbs made
 
 # Two stamps, so that the demonstration does not wait for tools that it has no use for.
 $(VENV)/.runtime: pyproject.toml tools/make-venv.sh
-	sh tools/make-venv.sh "$(PYTHON)" $(VENV) .
+	sh tools/make-venv.sh "$(PYTHON)" $(VENV) ".[vm]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml tools/make-venv.sh

@@ -35,17 +35,25 @@ def exit_codes() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """A section for the program and for each of its commands."""
     context = click.Context(cli, info_name="cowstore", **cli.context_settings)
-    yield from ("## Commands", "", *section(cli, context, ["COMMAND"]))
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
+    yield from ("## Commands", "", *section(cli, context), *below(cli, context))
+
+
+def below(group: click.Group, context: click.Context) -> Iterator[str]:
+    """A section for each command of a group, and for those of groups in it."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         assert command is not None
-        yield from ("", *section(command, click.Context(command, info_name=name, parent=context), []))
+        inner = click.Context(command, info_name=name, parent=context)
+        yield from ("", *section(command, inner))
+        if isinstance(command, click.Group):
+            yield from below(command, inner)
 
 
-def section(command: click.Command, context: click.Context, rest: list[str]) -> Iterator[str]:
+def section(command: click.Command, context: click.Context) -> Iterator[str]:
     """One command: how it is called, what it does, and its options."""
     parameters = command.get_params(context)
     arguments = [one.metavar or "" for one in parameters if isinstance(one, click.Argument)]
+    rest = ["COMMAND"] if isinstance(command, click.Group) else []
     usage = " ".join([context.command_path, "[OPTIONS]", *arguments, *rest])
     yield from (f"### {context.command_path}", "", "```text", usage, "```", "")
     yield from inspect.cleandoc(command.help or "").splitlines()

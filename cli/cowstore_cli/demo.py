@@ -2,7 +2,7 @@
 
 An ext4 disk is built of real files of this machine and imported; a thousand clones are made; files are changed in
 a few of them; one is forked while it is being written, one is sealed. What comes out is checked by e2fsck, by
-debugfs and byte by byte. Nothing is left behind.
+debugfs and byte by byte. Where QEMU is installed, a running machine is forked in the end. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 
 import cowstore
-from cowstore_cli import demo_disk, demo_proofs, sizes
+from cowstore_cli import demo_disk, demo_machine, demo_proofs, sizes
 from cowstore_cli.demo_disk import BLOCK, LOG, LOG_BLOCKS
 from cowstore_cli.demo_proofs import ProofError
 from cowstore_cli.demo_steps import Steps
@@ -97,6 +97,8 @@ class Demonstration:
             stats = self._store.stats()
             self._prove_exports()
             self._prove_devices()
+            if not demo_machine.missing():
+                self._fork_live()
         return stats
 
     def _build(self) -> None:
@@ -196,6 +198,10 @@ class Demonstration:
             ranges = list(self._store.diff("machine", "machine-2"))
             remarks.append(f"{sizes.show(sum(one.length for one in ranges))} differ from the first")
 
+    def _fork_live(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="cowstore-") as folder:  # short, for sockets
+            demo_machine.LiveFork(Path(folder), self.steps).run(self._store)
+
     def _prove_exports(self) -> None:
         last = f"desk-{self._clones}"
         self._copy_of("machine").hardlink_to(self._disk)
@@ -273,6 +279,8 @@ def main(content: str, size: str, clones: int) -> None:
     ]
     demonstration.steps.show(facts)
     disks, proofs = stats.images + stats.clones, demonstration.steps.proofs
+    if lacking := demo_machine.missing():
+        console.print(f"[yellow]To see a running machine forked, install {lacking}[/]")
     console.print(f"[bold green]All {proofs} proofs hold: the {disks:,} disks are exactly what they should be.[/]")
 
 

@@ -21,14 +21,14 @@ NO_DEVICES = "no devices yet: `cowstore import` and `cowstore create` make some"
 def ls(session: Session, as_json: bool) -> None:
     """List the devices. A parent in parentheses is deleted."""
     with session.look() as store:
-        devices, checkpoints = store.devices(), store.checkpoints.all()
+        lineage = store.lineage()
+    devices, deleted = _apart(lineage)
     if as_json:
         console.emit(devices)
         return
     if console.says_nothing(devices, NO_DEVICES):
         return
-    living = {one.number for one in devices} | {number for one in checkpoints for number in one.images}
-    rows = [(one.name, _kind(one), sizes.show(one.size), _parent(one, living), _when(one)) for one in devices]
+    rows = [(one.name, _kind(one), sizes.show(one.size), _parent(one, deleted), _when(one)) for one in devices]
     console.table(("NAME", "KIND", "SIZE", "PARENT", "CREATED"), rows, right=["SIZE"])
 
 
@@ -36,10 +36,15 @@ def _kind(device: cowstore.DeviceInfo) -> str:
     return "ephemeral" if device.ephemeral else device.kind
 
 
-def _parent(device: cowstore.DeviceInfo, living: set[int]) -> str:
+def _apart(lineage: list[cowstore.DeviceInfo]) -> tuple[list[cowstore.DeviceInfo], set[int]]:
+    """The devices, and the numbers of their deleted ancestors."""
+    return [one for one in lineage if not one.deleted], {one.number for one in lineage if one.deleted}
+
+
+def _parent(device: cowstore.DeviceInfo, deleted: set[int]) -> str:
     if device.parent is None:
         return "-"
-    return device.parent if device.parent_number in living else f"({device.parent})"
+    return f"({device.parent})" if device.parent_number in deleted else device.parent
 
 
 def _when(device: cowstore.DeviceInfo) -> str:
@@ -80,8 +85,7 @@ def tree(session: Session, every: bool, as_json: bool) -> None:
 def show(session: Session, name: str, as_json: bool) -> None:
     """Show everything about device NAME: lineage, times and space."""
     with session.look() as store:
-        device, usage, devices = store.info(name), store.usage(name), store.devices()
-        images = {number for one in store.checkpoints.all() for number in one.images}
+        device, usage, (devices, deleted) = store.info(name), store.usage(name), _apart(store.lineage())
     children = [one.name for one in devices if one.parent_number == device.number]
     if as_json:
         console.emit(console.plain(device) | {"usage": usage, "children": children})
@@ -91,7 +95,7 @@ def show(session: Session, name: str, as_json: bool) -> None:
             ("name", device.name),
             ("kind", ("ephemeral " if device.ephemeral else "") + device.kind),
             ("number", str(device.number)),
-            ("parent", _parent(device, images | {one.number for one in devices})),
+            ("parent", _parent(device, deleted)),
             ("children", f"{len(children):,}"),
             ("created", _when(device)),
             ("sequence", str(device.sequence)),

@@ -128,6 +128,8 @@ class Host:
             if machine.is_alive:
                 qemu.kill(machine.pid)
                 wait_ended(machine, _END_SECONDS)
+        if machine.pid:
+            qemu.reap(machine.pid)
         with self._lock:
             running = self._running.pop(machine.key, None)
         if running is not None:

@@ -11,8 +11,8 @@ An image is read from the store once, into a sealed file in memory. Each mapping
 until a page is written: that page is then the mapping's own, and the kernel knows which those are.
 
 Threads: any of them may call map() at any time, and different mappings have nothing to do with each other. One
-mapping is plain memory, without locks: nobody may write it while its dirty(), snapshot(), restore() or close() runs.
-Who does so all the same damages nothing, but gets a snapshot whose pages are of different times.
+mapping is plain memory, without locks: nobody may write it while its dirty(), snapshot(), restore() or close()
+runs. Who does so all the same damages nothing, but gets a snapshot whose pages are of different times.
 
 os.fork(): the child has its own copy of each mapping, own pages included, and view, dirty(), restore() and
 image.map() go on there. The store is its parent's, so snapshot() raises ClosedError; the child opens the store and

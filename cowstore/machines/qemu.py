@@ -100,19 +100,14 @@ class Qemu:
     def start(self, launch: Launch) -> RunningQemu:
         """See Hypervisor."""
         with _listening(launch.directory / _CONTROL) as control, _state_file(launch.state) as state:
-            words = [self._path, *command_line(launch, control.fileno(), state)]
-            with (launch.directory / LOG).open("wb") as log:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    pass_fds=[control.fileno(), *([] if state is None else [state])], cwd=launch.directory,
-                )  # fmt: skip
+            pid = _spawn(self._path, launch, control, state)
         try:
-            running = RunningQemu(launch.name, process.pid, launch.directory, process)
+            running = RunningQemu(launch.name, pid, launch.directory)
             if launch.state is not None:
                 running.wait_loaded()
         except BaseException as error:
-            process.kill()
-            process.wait()
+            kill(pid)
+            os.waitpid(pid, 0)
             if isinstance(error, MachineError):
                 raise MachineError(f"{error}{_said(launch.directory)}") from error
             raise
@@ -135,18 +130,14 @@ class RunningQemu:
         name: The machine, for messages.
         pid: The process.
         directory: Where its sockets are.
-        process: The same, where it is a child of this one.
 
     Attributes:
         pid: The process.
     """
 
-    def __init__(
-        self, name: str, pid: int, directory: Path, process: subprocess.Popen[bytes] | None = None
-    ) -> None:
+    def __init__(self, name: str, pid: int, directory: Path) -> None:
         self.pid = pid
         self._name = name
-        self._process = process
         self._monitor = Monitor(name, directory / _CONTROL, _START_SECONDS)
 
     def wait_loaded(self) -> None:
@@ -223,6 +214,21 @@ def nic_properties(nic: Nic) -> dict[str, Any]:
             "romfile": ""}  # fmt: skip
 
 
+def _spawn(program: str, launch: Launch, control: socket.socket, state: int | None) -> int:
+    """Starts the process, in a session of its own and with no signal blocked; it is to outlive us.
+
+    A descriptor that is duplicated onto itself stays open in the new process.
+    """
+    passed = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control.fileno(), state) if fd is not None]
+    with (launch.directory / LOG).open("wb") as log, open(os.devnull, "rb") as nothing:
+        standard = [(os.POSIX_SPAWN_DUP2, file.fileno(), fd) for fd, file in enumerate((nothing, log, log))]
+        words = [program, *command_line(launch, control.fileno(), state)]
+        return os.posix_spawn(
+            program, words, {"PATH": os.defpath}, file_actions=[*standard, *passed], setsid=True, setsigmask=[],
+            setsigdef=[signal.SIGPIPE],
+        )  # fmt: skip
+
+
 def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
     """QEMU's arguments. Every device has its place by number, so that none moves when another is left out.
 
@@ -250,8 +256,10 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
         "-device", f"virtserialport,bus=serial0.0,chardev=agent,name={AGENT_PORT}",
         "-chardev", f"socket,id=console,path={at / CONSOLE},server=on,wait=off,logfile={at / CONSOLE_LOG}",
         "-serial", "chardev:console",
-        "-chardev", f"socket,id=control,fd={control},server=on,wait=off", "-mon", "chardev=control,mode=control",
-        "-chardev", f"socket,id=qmp,path={at / QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        "-chardev", f"socket,id=control,fd={control},server=on,wait=off",
+        "-mon", "chardev=control,mode=control",
+        "-chardev", f"socket,id=qmp,path={at / QMP},server=on,wait=off",
+        "-mon", "chardev=qmp,mode=control",
     ]  # fmt: skip
     for number, name in enumerate(one.disks):
         words += disk(number, name, launch.socket)
@@ -324,6 +332,14 @@ def _command_line_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def reap(pid: int) -> None:
+    """Takes the exit status of a child that has ended; harmless for any other process."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        pass
 
 
 def kill(pid: int) -> None:

@@ -83,6 +83,7 @@ def test_it_cannot_be_changed(made, attack):
     with pytest.raises((OSError, ValueError)) as refused:
         attack(made)
     assert getattr(refused.value, "errno", errno.EPERM) in (errno.EPERM, errno.EACCES)
+    assert os.fstat(made.fd).st_size == made.size == len(CONTENT)
     assert child[:] == made.map()[:] == os.pread(made.fd, made.size + 1, 0) == CONTENT
 
 

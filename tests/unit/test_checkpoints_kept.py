@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,41 @@ def test_a_memory_that_is_open_outlives_its_checkpoint(store):
         store.checkpoints.delete("one")
         store.collect()
         assert memory.pread(SIZE, 0) == BOOT.content()
+
+
+# Images made of a moment; tests/machines/test_memory.py has the rest.
+
+
+def test_pages_of_another_size(store, disks):
+    before = steady(store)
+    for size in (SIZE, 4 * MIB):
+        with closing(store.checkpoints.origin("root-image")) as origin, pytest.raises(cowstore.InvalidError):
+            origin.seal("more", Memory({}, size))
+    assert steady(store) == before
+
+
+def test_a_moment_that_a_full_disk_did_not_let_hold(store, monkeypatch):
+    """It can be read as long as its pin lasts, but nothing may be made of it once its blocks are doomed."""
+    with store.create("made", 8 * PAGE) as clone:
+        clone.pwrite(noise("image", 8 * PAGE), 0)
+        clone.seal("image")
+    store.delete("made")
+
+    def full(*_: object) -> None:
+        raise cowstore.NoSpaceError("store")
+
+    monkeypatch.setattr("cowstore.lineage.Lineage.hide", full)
+    pages = Memory({1: noise(1, PAGE)}, 8 * PAGE)
+    with closing(store.checkpoints.origin("image")) as origin:
+        origin.seal("first", pages)
+        assert stored(store, "first") == pages.content(noise("image", 8 * PAGE))
+        store.delete("image")
+        origin.seal("second", pages)  # what the first one was made of, its record has
+        store.delete("first", "second")
+        with pytest.raises(cowstore.NotFoundError, match="no moment named 'image'"):
+            origin.seal("third", pages)
+        assert origin.device.pread(PAGE, 0) == noise("image", PAGE)
+    assert steady(store) == ([], [], 0, 0)
 
 
 # The next boot, backups, older stores, and stores that are read-only.

@@ -8,9 +8,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cowstore_cli.main import COMMANDS, cli
+from cowstore_cli.main import COMMANDS as TOP
+from cowstore_cli.main import cli
+from cowstore_cli.vm import COMMANDS as MACHINES
 from tools import cli_reference
 
+COMMANDS = [name for top in TOP for name in (top, *(f"vm {one}" for one in MACHINES if top == "vm"))]
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*(?![\w-])")
 
 
@@ -27,13 +30,13 @@ def test_page_is_up_to_date():
 
 def test_every_command_and_no_other_has_a_section():
     found = re.findall(r"^### cowstore (.+)$", cli_reference.PAGE.read_text(), re.M)
-    assert found == list(COMMANDS)
+    assert found == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_section_lists_the_options_of_the_help(name):
     """The page is compared with what click prints too, not only with the script that made the page."""
-    shown = CliRunner().invoke(cli, [name, "--help"]).stdout
+    shown = CliRunner().invoke(cli, [*name.split(), "--help"]).stdout
     listed = [
         line.partition("|")[2].partition("|")[0] for line in section(name).splitlines() if line.startswith("| `")
     ]
@@ -48,7 +51,10 @@ def test_section_lists_the_options_of_the_help(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_explains_itself(name):
-    command = cli.get_command(click.Context(cli), name)
+    command: click.Command | None = cli
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.get_command(click.Context(command), word)
     assert command is not None
     assert command.help
     assert all(one.help for one in command.params if isinstance(one, click.Option))

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cowstore
-from cowstore_cli import demo, demo_disk, demo_proofs
+from cowstore_cli import demo, demo_disk, demo_guest, demo_machine, demo_proofs
 
 SMALL = ["--content", "6M", "--size", "64M", "--clones", "20"]
 
@@ -27,15 +27,60 @@ def run() -> Result:
     return CliRunner().invoke(demo.main, SMALL)
 
 
+@pytest.fixture
+def without_qemu(monkeypatch):
+    monkeypatch.setattr(demo_machine, "PROGRAM", "no-such-program")
+
+
+@pytest.mark.program("qemu-system-x86_64")
 def test_all_proofs_hold():
     done = run()
     assert done.exit_code == 0, done.output
-    assert "All 19 proofs hold" in " ".join(done.output.split())
+    assert "All 27 proofs hold" in " ".join(done.output.split())
+
+
+@pytest.mark.usefixtures("without_qemu")
+def test_without_qemu_it_says_how_to_install_it():
+    done = run()
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "All 19 proofs hold" in said
+    assert "apt install qemu-system-x86" in said
+
+
+@pytest.mark.program("qemu-system-x86_64")
+def test_one_wrong_number_on_a_childs_disk_is_found(monkeypatch):
+    genuine = demo_guest.written
+
+    def damaged(content):
+        numbers = genuine(content)
+        return numbers | {max(numbers): 0} if len(numbers) > 30 else numbers
+
+    monkeypatch.setattr(demo_guest, "written", damaged)
+    done = run()
+    assert done.exit_code == 1
+    assert "is not what" in done.output
+
+
+@pytest.mark.program("qemu-system-x86_64")
+def test_children_that_are_one_machine_are_found(monkeypatch):
+    """As if they shared their memory: what all say is what one says."""
+    genuine = demo_machine.LiveFork._said
+    monkeypatch.setattr(demo_machine.LiveFork, "_prove_disk", lambda *_: None)
+
+    def said(self, name):
+        return genuine(self, name if name == "counting" else "counting-1")
+
+    monkeypatch.setattr(demo_machine.LiveFork, "_said", said)
+    done = run()
+    assert done.exit_code == 1
+    assert "two machines wrote the same" in done.output
 
 
 WRONG = [("desk-1", "desk-1"), ("desk-2", "machine-2"), ("desk-3", "desk-3")]
 
 
+@pytest.mark.usefixtures("without_qemu")
 @pytest.mark.parametrize(("victim", "accused"), WRONG)
 def test_one_wrong_block_is_found(monkeypatch, victim, accused):
     genuine = demo_proofs.bring_back
