@@ -309,9 +309,23 @@ def find_checkpoint(snapshot: Snapshot, name: str) -> CheckpointRecord:
     return found
 
 
+def living_checkpoint(snapshot: Snapshot, number: int) -> CheckpointRecord:
+    """The checkpoint of that number.
+
+    Raises:
+        NotFoundError: It is gone, whatever has its name now.
+    """
+    key = number_key(number)
+    payload = snapshot.get(CHECKPOINTS, key)
+    if payload is None:
+        raise NotFoundError("checkpoint", f"number {number}", hint="it was deleted meanwhile")
+    return decoded(snapshot, CheckpointRecord.decode, key, payload)
+
+
 def check_free_checkpoint(snapshot: Snapshot, name: str) -> None:
-    """Raises ExistsError where a checkpoint has the name already."""
-    if any(one.name == check_name(name) for one in checkpoints(snapshot)):
+    """Raises ExistsError where a checkpoint has the name already, InvalidError where it is none."""
+    check_name(name)
+    if any(one.name == name for one in checkpoints(snapshot)):
         raise ExistsError("checkpoint", name, hint="choose another name")
 
 

@@ -122,12 +122,12 @@ class Pending:
             self._disks = [catalog.add(writer, _secured(record, owner)) for record in found]
         self._images += [disk.number for disk in self._disks]
 
-    def take_memory(self, pages: Pages, *, since: str | None = None, progress: Progress = _no_progress) -> None:
+    def take_memory(self, pages: Pages, *, since: int | None = None, progress: Progress = _no_progress) -> None:
         """Takes the memory in.
 
         Args:
             pages: Its pages; only those that are not as they were, where there is an earlier checkpoint.
-            since: The name of that checkpoint, on whose memory they are laid.
+            since: The number of that checkpoint, on whose memory they are laid.
             progress: Told ("memory", bytes done, bytes of the whole memory).
 
         Raises:
@@ -138,9 +138,9 @@ class Pending:
         def start(snapshot: Snapshot) -> Root:
             if since is None:
                 return _blank(pages.size)
-            root = _image(snapshot, catalog.find_checkpoint(snapshot, since).memory).root
+            root = _image(snapshot, catalog.living_checkpoint(snapshot, since).memory).root
             if root.size != pages.size:
-                raise InvalidError(f"the memory of {since!r} has {root.size} bytes, and not {pages.size}")
+                raise InvalidError(f"the earlier memory has {root.size} bytes, and not {pages.size}")
             return root
 
         def tell(_: str, done: int, total: int) -> None:
@@ -176,7 +176,7 @@ class Pending:
         assert self._state
         self.settle_disks()  # where it was not done: the next boot would take a disk out of the checkpoint
         with self._environment.write() as writer:
-            catalog.check_free_checkpoint(writer, catalog.check_name(name))
+            catalog.check_free_checkpoint(writer, name)
             images = (self._memory, self._state, *(disk.number for disk in self._disks))
             created, flags = _image(writer, self._memory).created, AUTOMATIC if automatic else 0
             record = CheckpointRecord(
@@ -299,16 +299,19 @@ class Checkpoints:
         lineage: The records of devices.
         workshop: Gives writers' tools; fails where the store is read-only.
         open_moment: Opens the device that is found in a snapshot, for reading.
+        despite_full_disk: Does something, with the reserve given up where the disk is full.
     """
 
     def __init__(
         self, environment: Environment, lineage: Lineage, workshop: Callable[[], Workshop],
         open_moment: Callable[[Callable[[Snapshot], DeviceRecord]], Device],
+        despite_full_disk: Callable[[Callable[[], None]], None],
     ) -> None:  # fmt: skip
         self._environment = environment
         self._lineage = lineage
         self._workshop = workshop
         self._open_moment = open_moment
+        self._despite_full_disk = despite_full_disk
 
     def all(self) -> list[CheckpointInfo]:
         """All of them, sorted by name."""
@@ -324,7 +327,7 @@ class Checkpoints:
     def check_free(self, name: str) -> None:
         """Raises ExistsError where a name is taken; before long work whose result is to have it."""
         with self._environment.read() as snapshot:
-            catalog.check_free_checkpoint(snapshot, catalog.check_name(name))
+            catalog.check_free_checkpoint(snapshot, name)
 
     def begin(self, disks: Sequence[str]) -> Pending:
         """Secures the last flushed moments of a machine's clones; the rest of a checkpoint is to follow."""
@@ -384,10 +387,14 @@ class Checkpoints:
 
     def delete(self, *names: str) -> None:
         """Deletes checkpoints, all or none. Clones of their disks keep what they need."""
+
+        def delete() -> None:
+            with self._environment.write() as writer:
+                for record in [catalog.find_checkpoint(writer, name) for name in names]:
+                    catalog.remove_checkpoint(writer, record)
+
         self._workshop()
-        with self._environment.write() as writer:
-            for record in [catalog.find_checkpoint(writer, name) for name in names]:
-                catalog.remove_checkpoint(writer, record)
+        self._despite_full_disk(delete)
 
 
 def describe(snapshot: Snapshot, record: CheckpointRecord) -> CheckpointInfo:

@@ -372,8 +372,8 @@ class Store:
         """Moments of machines: memory, disks and the state of the devices together."""
         from .checkpoints import Checkpoints
 
-        engine = self._writing_engine
-        return Checkpoints(self._environment, self._lineage, lambda: engine().workshop, self._open_moment)
+        environment, lineage, workshop = self._environment, self._lineage, lambda: self._writing_engine().workshop
+        return Checkpoints(environment, lineage, workshop, self._open_moment, self._despite_full_disk)
 
     def serving(self) -> AbstractContextManager[None]:
         """Held by the one server of the store on this host; InUseError where there is one already."""

@@ -131,10 +131,13 @@ class LiveFork:
             raise ProofError(f"the disk of {name} is not what {name} has written")
 
     def _prove_apart(self) -> None:
-        """No two machines have put the same stamp to a number since the fork."""
+        """No two machines have put the same stamp to a number since the fork.
+
+        The first one may have been stamped before the fork, and written after it.
+        """
         everything = [self._said(name) for name in self._logs]
         first = max(min(said) for said in everything)
-        for number in range(first, first + _LATER):
+        for number in range(first + 1, first + _LATER):
             stamps = [said[number] for said in everything]
             if len(set(stamps)) != len(stamps):
                 raise ProofError(f"two machines wrote the same at number {number}")

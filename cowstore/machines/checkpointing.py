@@ -80,12 +80,12 @@ def take(host: Host, machine: Machine, name: str, *, automatic: bool, progress: 
             pending = host.store.checkpoints.begin(machine.configuration.disks)
             running.save_state(state_path)
             capture.take()
-        pending.take_memory(capture, since=machine.checkpoint or None, progress=progress)
+        pending.take_memory(capture, since=machine.moment or None, progress=progress)
         pending.take_state(state_path.read_bytes())
         pending.settle_disks()
         checkpoint = pending.publish(name, facts(host, machine, still), automatic=automatic)
         moment = Moment(checkpoint, still.seconds, len(capture.pages), still.frozen)
-        if not machine.checkpoint:  # all of its memory is its own, so what was captured is all there is
+        if not machine.moment:  # all of its memory is its own, so what was captured is all there is
             host.templates.put(checkpoint.number, Template.seal(capture.detach(), size))
         return moment
     finally:

@@ -188,7 +188,7 @@ def _child(parent: Parent, name: str, source: str, wish: Wish) -> Machine:
     identity = Identity.make(name, nic=parent.nic is not None) if wish.identity else None
     return Machine(
         "", name, parent.configuration.with_disks(disks), time.time(), source, parent.checkpoint.name,
-        disposable=True, identity=identity, nic=parent.nic,
+        parent.checkpoint.number, disposable=True, identity=identity, nic=parent.nic,
         generation=identity.generation if identity else parent.generation,
     )  # fmt: skip
 
@@ -258,6 +258,8 @@ def revive(host: Host, machine: Machine, wish: Wish) -> Child:
         checkpoint = host.store.checkpoints.info(machine.checkpoint)
     except NotFoundError as error:
         raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} is gone") from error
+    if checkpoint.number != machine.moment:
+        raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} was replaced by another")
     parent = Parent.of(checkpoint)
     parent.check(host, wish, 1)
     host.delete_disks(machine.configuration.disks)

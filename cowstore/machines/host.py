@@ -64,8 +64,13 @@ class Host:
                 self._kept.remove(checkpoint)
             self.drop_unneeded()
 
-    def _children_of(self, checkpoint: str) -> list[int]:
-        return [one.pid for one in self.registry.all() if one.checkpoint == checkpoint and one.is_alive]
+    def needs(self, checkpoint: str) -> bool:
+        """Whether a fork of that checkpoint is under way."""
+        with self._lock:
+            return checkpoint in self._kept
+
+    def _children_of(self, number: int) -> list[int]:
+        return [one.pid for one in self.registry.all() if one.moment == number and one.is_alive]
 
     @contextmanager
     def alone(self, name: str) -> Iterator[Machine]:

@@ -344,6 +344,8 @@ class Manager:
             raise MachineError(
                 f"checkpoint {name} is the memory of {', '.join(children[:5])}", hint="stop its children first"
             )
+        if self._host.needs(name):
+            raise MachineError(f"checkpoint {name} is being forked", hint="wait until that is done")
         number = self._host.store.checkpoints.info(name).number
         self._host.store.checkpoints.delete(name)
         self._host.templates.forget(number)

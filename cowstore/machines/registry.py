@@ -35,6 +35,7 @@ class Machine:
         created: When it was asked for, seconds since 1970.
         parent: The machine or checkpoint that it was forked from; empty where it was started.
         checkpoint: The checkpoint whose memory it maps; empty where it was started.
+        moment: That checkpoint's number, 0 for none.
         disposable: Whether its disks go with it.
         identity: What it was made to be; None where it was left as its parent.
         generation: The GUID by which its guest is told of forks.
@@ -51,6 +52,7 @@ class Machine:
     created: float
     parent: str = ""
     checkpoint: str = ""
+    moment: int = 0
     disposable: bool = False
     identity: Identity | None = None
     generation: str = ""

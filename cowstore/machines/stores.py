@@ -58,7 +58,7 @@ class Checkpoint(Protocol):
 class Pending(Protocol):
     """A checkpoint that is being taken; see cowstore.checkpoints.Pending."""
 
-    def take_memory(self, pages: Capture, *, since: str | None, progress: Progress) -> None:
+    def take_memory(self, pages: Capture, *, since: int | None, progress: Progress) -> None:
         """Takes the memory in."""
         ...
 

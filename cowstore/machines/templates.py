@@ -19,10 +19,10 @@ class Templates:
 
     Args:
         checkpoints: What they are built from.
-        processes: The processes that may have a checkpoint's template: those of its children.
+        processes: The processes that may have a checkpoint's template, by its number: those of its children.
     """
 
-    def __init__(self, checkpoints: Checkpoints, processes: Callable[[str], Iterable[int]]) -> None:
+    def __init__(self, checkpoints: Checkpoints, processes: Callable[[int], Iterable[int]]) -> None:
         self._checkpoints = checkpoints
         self._processes = processes
         self._lock = threading.Lock()
@@ -54,7 +54,7 @@ class Templates:
 
     def _find(self, checkpoint: Checkpoint) -> Template | None:
         """The template that children of it have, who have outlived the process that made it."""
-        for pid in self._processes(checkpoint.name):
+        for pid in self._processes(checkpoint.number):
             found = Template.find(pid, NAME, checkpoint.memory_size)
             if found is not None:
                 return found

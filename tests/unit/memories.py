@@ -66,7 +66,8 @@ def take(
     store: cowstore.Store, name: str, memory: Memory = BOOT, disks: tuple[str, ...] = (), since: str | None = None
 ) -> CheckpointInfo:
     with store.checkpoints.begin(disks) as pending:
-        pending.take_memory(memory, since=since)
+        earlier = None if since is None else store.checkpoints.info(since).number
+        pending.take_memory(memory, since=earlier)
         pending.take_state(b"state of " + name.encode())
         pending.settle_disks()
         return pending.publish(name, {"cpus": 2, "of": name})
