@@ -101,6 +101,8 @@ class _Bytes:
 class Pending:
     """A checkpoint that is being taken. Publish it, and close it in any case: what is not published is dropped.
 
+    Memory, state and disks may be taken in side by side, each in a thread of its own.
+
     Args:
         workshop: Writers' tools.
         lineage: The records.
@@ -146,14 +148,15 @@ class Pending:
         def tell(_: str, done: int, total: int) -> None:
             progress("memory", done, total)
 
-        self._memory = self._take(start, pages, tell)
+        self._memory = self._take(start, lambda job: job.lay(pages, tell))
 
     def take_state(self, state: bytes) -> None:
         """Takes the state of the devices in."""
-        self._state = self._take(lambda _: _blank(len(state)), _Bytes(state), _no_progress)
+        source = _Bytes(state)
+        self._state = self._take(lambda _: _blank(len(state)), lambda job: job.read(source, _no_progress))
 
-    def _take(self, start: Callable[[Snapshot], Root], pages: Pages, progress: Progress) -> int:
-        record = fill_hidden(self._workshop, self._lineage, start, lambda job: job.read(pages, progress))
+    def _take(self, start: Callable[[Snapshot], Root], fill: Callable[[Import], DeviceRecord]) -> int:
+        record = fill_hidden(self._workshop, self._lineage, start, fill)
         self._images.append(record.number)
         return record.number
 
@@ -254,7 +257,7 @@ class Origin:
         def fill(job: Import) -> DeviceRecord:
             if base != root:
                 job.copy(workshop.segments, base, root)
-            return job.read(pages, _no_progress)
+            return job.lay(pages, _no_progress)
 
         hidden = fill_hidden(workshop, self._lineage, lambda snapshot: self._held(snapshot, base), fill)
         try:

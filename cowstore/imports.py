@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from . import layout, tree
 from .catalog import DeviceInfo
 from .clones import Clone
@@ -29,6 +31,8 @@ from .sources import Source
 Progress = Callable[[str, int, int], None]
 _Job = TypeVar("_Job", "Import", "Intake")
 _SLICE = 16384  # blocks, 64 MiB: after so many the slice is published
+_GATHERED = 1024  # blocks that are taken in together, wherever they belong
+_LONG = 64  # blocks in a row that are taken in as they come
 
 
 class Import:
@@ -57,6 +61,35 @@ class Import:
             progress("import", offset + len(piece), total)
         return self._finish()
 
+    def lay(self, pages: Source, progress: Progress) -> DeviceRecord:
+        """Lays pages over what is there; returns the published record. Scattered ones are taken in together."""
+        self._grow(pages.size)
+        gathered, numbers = bytearray(_GATHERED * BLOCK_SIZE), list[int]()
+        for offset, piece in pages.pieces():
+            first, count = offset // BLOCK_SIZE, len(piece) // BLOCK_SIZE
+            if count >= _LONG:
+                self._stage(first, piece)
+            else:
+                if len(numbers) + count > _GATHERED:
+                    self._stage_gathered(gathered, numbers)
+                gathered[len(numbers) * BLOCK_SIZE : (len(numbers) + count) * BLOCK_SIZE] = piece
+                numbers += range(first, first + count)
+            progress("import", offset + len(piece), pages.size)
+        self._stage_gathered(gathered, numbers)
+        return self._finish()
+
+    def _stage_gathered(self, gathered: bytearray, numbers: list[int]) -> None:
+        """Stages blocks by their numbers, and forgets them."""
+        if not numbers:
+            return
+        data = memoryview(bytes(memoryview(gathered)[: len(numbers) * BLOCK_SIZE]))
+        with self._lock:
+            self._publisher.stage_blocks(np.array(numbers, np.int64), data)
+            if self._publisher.draft.is_large():
+                self._publisher.emit()
+        self._count(len(numbers))
+        numbers.clear()
+
     def copy(self, segments: Segments, base: Root, root: Root) -> DeviceRecord:
         """Makes what stands on a base equal to a root of another device; blocks are stored anew or shared."""
         self._publisher.draft.resize(root.size)
@@ -83,7 +116,11 @@ class Import:
                 self._publisher.stage(first + whole // BLOCK_SIZE, memoryview(tail))
             if self._publisher.draft.is_large():
                 self._publisher.emit()
-        self._staged += len(piece) // BLOCK_SIZE
+        self._count(len(piece) // BLOCK_SIZE)
+
+    def _count(self, staged: int) -> None:
+        """Publishes what is staged where it is enough for a slice."""
+        self._staged += staged
         if self._staged >= _SLICE:
             self._publish_slice()
 

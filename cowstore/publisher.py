@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from . import catalog, tree
 from .blocks import Interner
@@ -71,11 +72,15 @@ class Publisher:
     def stage_scattered(self, blocks: dict[int, bytes]) -> None:
         """Stores blocks by their numbers and names them in the draft."""
         numbers = sorted(blocks)
-        ids = self._interner.intern(memoryview(b"".join(map(blocks.__getitem__, numbers))))
+        self.stage_blocks(np.array(numbers, np.int64), memoryview(b"".join(map(blocks.__getitem__, numbers))))
+
+    def stage_blocks(self, numbers: npt.NDArray[np.int64], data: memoryview) -> None:
+        """The same for blocks that stand together already, in the order of their numbers."""
+        ids = self._interner.intern(data)
         if len(numbers) == 1:
-            self.draft.set_ids(numbers[0], ids)
+            self.draft.set_ids(int(numbers[0]), ids)
         else:
-            self.draft.set_scattered(np.array(numbers, np.int64), ids)
+            self.draft.set_scattered(numbers, ids)
 
     def emit(self) -> None:
         """Writes the changed nodes, so that they need no memory; nothing is published."""

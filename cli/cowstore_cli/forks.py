@@ -76,14 +76,19 @@ def _tell(children: list[dict[str, Any]], as_json: bool) -> None:
 @click.command()
 @machine_argument()
 @click.argument("checkpoint", metavar="AS")
+@click.option("--no-freeze", is_flag=True, help="Do not have the guest freeze its file systems first.")
 @json_option
 @common_options
 @pass_session
-def checkpoint(session: Session, name: str, checkpoint: str, as_json: bool) -> None:
-    """Keep this moment of machine NAME under the name AS: memory, disks and devices. The machine goes on."""
+def checkpoint(session: Session, name: str, checkpoint: str, no_freeze: bool, as_json: bool) -> None:
+    """Keep this moment of machine NAME under the name AS: memory, disks and devices. The machine goes on.
+
+    Its file systems are frozen meanwhile, where its guest has an agent, so that its disks are clean also for those
+    who read them without the memory.
+    """
     client = runtime.connect(session.path)
     with console.progress() as progress:
-        moment = client.ask("checkpoint", progress, name=name, checkpoint=checkpoint)
+        moment = client.ask("checkpoint", progress, name=name, checkpoint=checkpoint, freezing=not no_freeze)
     _tell_moment(f"took checkpoint {checkpoint} of {name}", moment, as_json)
 
 

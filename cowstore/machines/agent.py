@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from cowstore.errors import GuestError
 
@@ -40,39 +40,37 @@ class Outcome:
 
 
 class Agent:
-    """A conversation with one guest's agent, one at a time.
+    """The line to one guest's agent, for one conversation at a time.
+
+    It is kept open: an agent that finds nobody at the other end sleeps for 100 ms before it looks again.
 
     Args:
         machine: Its name, for messages.
         path: The socket of its port.
 
     Raises:
-        GuestError: Nobody answers there.
+        GuestError: There is no such machine.
     """
 
     def __init__(self, machine: str, path: Path) -> None:
         self._machine = machine
         self._sock = socket.socket(socket.AF_UNIX)
         self._pending = b""
+        self._in_step = False
         try:
             self._sock.connect(str(path))
-            self._sync()
         except OSError as error:
             self._sock.close()
             raise self._error("connect", str(error)) from error
-        except BaseException:
-            self._sock.close()
-            raise
 
     def _sync(self) -> None:
         """Throws away what an earlier conversation has left, on both sides."""
         number = int.from_bytes(os.urandom(4), "big")
         deadline = time.monotonic() + _SYNC_SECONDS
         self._send("guest-sync-delimited", {"id": number}, _SENTINEL)
-        while True:
-            answer = self._receive("sync", deadline)
-            if answer.get("return") == number:
-                return
+        while self._receive("sync", deadline).get("return") != number:
+            pass
+        self._in_step = True
 
     def ask(self, command: str, seconds: float = _COMMAND_SECONDS, **arguments: Any) -> Any:
         """Has the agent do something; returns its answer.
@@ -86,10 +84,13 @@ class Agent:
             GuestError: It refuses, or does not answer in time.
         """
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
-        deadline = time.monotonic() + seconds
         try:
+            if not self._in_step:
+                self._sync()
+            self._in_step = False  # until it has answered: what comes after that would be taken for another answer
             self._send(f"guest-{command}", named)
-            answer = self._receive(command, deadline)
+            answer = self._receive(command, time.monotonic() + seconds)
+            self._in_step = True
         except OSError as error:
             raise self._error(command, str(error)) from error
         if "error" in answer:
@@ -172,9 +173,3 @@ class Agent:
     def close(self) -> None:
         """Ends the conversation."""
         self._sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

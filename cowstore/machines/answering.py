@@ -75,8 +75,8 @@ class Verbs:
     def _show(self, _: Progress, name: str) -> Any:
         return self.manager.info(name)
 
-    def _checkpoint(self, progress: Progress, name: str, checkpoint: str) -> Any:
-        return self.manager.checkpoint(name, checkpoint, progress)
+    def _checkpoint(self, progress: Progress, name: str, checkpoint: str, freezing: bool) -> Any:
+        return self.manager.checkpoint(name, checkpoint, progress, freezing=freezing)
 
     def _keep(self, progress: Progress, name: str, checkpoint: str) -> Any:
         return self.manager.keep(name, checkpoint, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,13 +16,12 @@ from .host import Host
 from .hypervisor import Running
 from .pages import PAGE_SIZE, Capture, own_pages
 from .registry import Machine
-from .stores import Checkpoint, Progress
+from .stores import Checkpoint, Pending, Progress
 from .template import Template, check_room
 from .templates import NAME
 
 _log = logging.getLogger("cowstore.machines")
 _FREEZE_SECONDS = 20.0
-_STATE = "state.tmp"
 
 
 @dataclass
@@ -56,8 +56,18 @@ class _Stillness:
     seconds: float = field(default=0.0)
 
 
-def take(host: Host, machine: Machine, name: str, *, automatic: bool, progress: Progress) -> Moment:
+def take(
+    host: Host, machine: Machine, name: str, *, automatic: bool, freezing: bool, progress: Progress
+) -> Moment:
     """Takes a checkpoint of a machine, which nobody else is at work on. What fails leaves it running.
+
+    Args:
+        host: Where.
+        machine: The machine.
+        name: The checkpoint's name.
+        automatic: Whether it goes when no machine needs it.
+        freezing: Whether file systems are frozen first, where the guest has an agent.
+        progress: Told ("memory", bytes done, bytes in all).
 
     Raises:
         MachineError: It cannot be done.
@@ -68,31 +78,39 @@ def take(host: Host, machine: Machine, name: str, *, automatic: bool, progress: 
     if (status := running.status()) != "running":
         raise MachineError(f"machine {machine.name} is {status}, and not running")
     address, size = host.address(machine), machine.configuration.memory
-    check_room(len(own_pages(machine.pid, address, size)) * PAGE_SIZE, f"a checkpoint of {machine.name}")
     capture = Capture(NAME, machine.pid, address, size)
     pending = None
-    state_path = host.registry.directory(machine) / _STATE
     try:
+        check_room(len(own_pages(machine.pid, address, size)) * PAGE_SIZE, f"a checkpoint of {machine.name}")
         capture.prepare()
-        with _standing_still(host, machine, running) as still:
+        with _standing_still(host, machine, running, freezing=freezing) as still:
             for disk in machine.configuration.disks:
                 host.disks.flush(disk)
             pending = host.store.checkpoints.begin(machine.configuration.disks)
-            running.save_state(state_path)
+            state = running.save_state()
             capture.take()
-        pending.take_memory(capture, since=machine.moment or None, progress=progress)
-        pending.take_state(state_path.read_bytes())
-        pending.settle_disks()
+        _take_in(pending, capture, state, machine.moment, progress)
         checkpoint = pending.publish(name, facts(host, machine, still), automatic=automatic)
         moment = Moment(checkpoint, still.seconds, len(capture.pages), still.frozen)
         if not machine.moment:  # all of its memory is its own, so what was captured is all there is
             host.templates.put(checkpoint.number, Template.seal(capture.detach(), size))
         return moment
     finally:
-        state_path.unlink(missing_ok=True)
         if pending is not None:
             pending.close()
         capture.close()
+
+
+def _take_in(pending: Pending, capture: Capture, state: bytes, since: int, progress: Progress) -> None:
+    """Takes everything in, side by side: what each of them waits for is the disk, and they go there together."""
+    with ThreadPoolExecutor(3, "cowstore-checkpoint") as pool:
+        work = [
+            pool.submit(pending.take_memory, capture, since=since or None, progress=progress),
+            pool.submit(pending.take_state, state),
+            pool.submit(pending.settle_disks),
+        ]
+    for one in work:
+        one.result()
 
 
 def facts(host: Host, machine: Machine, still: _Stillness) -> dict[str, object]:
@@ -110,7 +128,7 @@ def facts(host: Host, machine: Machine, still: _Stillness) -> dict[str, object]:
 
 
 @contextmanager
-def _standing_still(host: Host, machine: Machine, running: Running) -> Iterator[_Stillness]:
+def _standing_still(host: Host, machine: Machine, running: Running, *, freezing: bool) -> Iterator[_Stillness]:
     """Freezes the guest's file systems where it has an agent, and stops the machine; undoes both in any case.
 
     The record says so first: whoever finds it after a death in between has the machine go on.
@@ -118,7 +136,7 @@ def _standing_still(host: Host, machine: Machine, running: Running) -> Iterator[
     still = _Stillness(agent=running.has_agent())
     host.registry.save(replace(machine, held=True))
     try:
-        still.frozen = still.agent and freeze(host, machine)
+        still.frozen = freezing and still.agent and freeze(host, machine)
         begun = time.monotonic()
         try:
             running.stop()
@@ -138,9 +156,8 @@ def freeze(host: Host, machine: Machine) -> bool:
     Without, the disks are as after a power cut, and as good as any for whoever goes on with the memory.
     """
     try:
-        with host.agent(machine) as agent:
-            agent.ask("fsfreeze-freeze", _FREEZE_SECONDS)
-            return True
+        host.agent(machine).ask("fsfreeze-freeze", _FREEZE_SECONDS)
+        return True
     except GuestError as error:
         _log.warning("the file systems of %s are not frozen: %s", machine.name, error)
         thaw(host, machine)
@@ -150,8 +167,7 @@ def freeze(host: Host, machine: Machine) -> bool:
 def thaw(host: Host, machine: Machine) -> None:
     """Thaws the guest's file systems; one that does not answer is left as it is, and said so."""
     try:
-        with host.agent(machine) as agent:
-            thaw_by(agent)
+        thaw_by(host.agent(machine))
     except GuestError as error:
         _log.error("the file systems of %s may still be frozen: %s", machine.name, error)
 

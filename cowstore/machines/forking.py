@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cowstore.errors import GuestError, InvalidError, MachineError, NotFoundError, StoreError
@@ -156,13 +157,10 @@ def fork(
     done: list[Child] = []
     try:
         state = host.store.checkpoints.state(checkpoint.name)
-        with host.templates.held(checkpoint) as template, ThreadPoolExecutor(_AT_ONCE, "cowstore-fork") as pool:
-            work = [
-                pool.submit(bring_up, host, parent, machine, wish, template.path, state, begun)
-                for machine in machines
-            ]
-            for one in work:
-                done.append(one.result())
+        with host.templates.held(checkpoint) as template:
+            birth = Birth(host, parent, wish, template.path, state, begun)
+            for child in birth.of(machines):
+                done.append(child)
                 progress("fork", len(done), len(machines))
     finally:
         for machine in machines[len(done) :]:
@@ -193,55 +191,111 @@ def _child(parent: Parent, name: str, source: str, wish: Wish) -> Machine:
     )  # fmt: skip
 
 
-def bring_up(
-    host: Host, parent: Parent, machine: Machine, wish: Wish, template: str, state: bytes, begun: float
-) -> Child:
-    """Starts one child that is on record and whose disks are there; one that fails is removed."""
-    ran = 0.0
-    try:
-        with host.alone(machine.name):
-            running = _started(host, machine, template, state)
-            machine = _given_nic(host, machine, running)
-            running.resume()
-            ran = time.monotonic() - begun
-            _make_ready(host, parent, machine, running, wish)
-            return Child(machine.name, ran, time.monotonic() - begun)
-    except (StoreError, OSError) as error:
-        host.retire(host.registry.get(machine.name))
-        hint = f" ({error.hint})" if isinstance(error, StoreError) and error.hint else ""
-        return Child(machine.name, ran, 0.0, f"{error}{hint}")
+@dataclass(frozen=True)
+class Birth:
+    """How children come to run.
 
+    Attributes:
+        host: Where.
+        parent: What they are made of.
+        wish: How they are to be.
+        template: The path of their memory.
+        state: The state of their devices.
+        begun: When the call began, by the monotonic clock.
+        ran: Seconds from then on until each child ran, by its name.
+    """
 
-def _started(host: Host, machine: Machine, template: str, state: bytes) -> Running:
-    """The child's process, with its state loaded, standing still."""
-    directory = host.registry.directory(machine)
-    launch = Launch(
-        machine.name, machine.configuration, directory, host.disks.place, machine.generation, machine.nic,
-        template, state,
-    )  # fmt: skip
-    running = host.hypervisor.start(launch)
-    host.adopt(machine, running)
-    host.registry.save(replace(machine, pid=running.pid, started=process_start(running.pid)))
-    return running
+    host: Host
+    parent: Parent
+    wish: Wish
+    template: str
+    state: bytes
+    begun: float
+    ran: dict[str, float] = field(default_factory=dict)
 
+    def of(self, machines: Sequence[Machine]) -> Iterator[Child]:
+        """Brings up machines that are on record and whose disks are there; those that fail are removed.
 
-def _given_nic(host: Host, machine: Machine, running: Running) -> Machine:
-    """Plugs the child's own card beside the parent's, which is cut off."""
-    machine = host.registry.get(machine.name)
-    if machine.identity is None or machine.nic is None:
-        return machine
-    new = Nic(machine.nic.model, 1 - machine.nic.port, machine.identity.mac)
-    running.replace_nic(machine.nic, new)
-    return host.registry.save(replace(machine, nic=new))
+        All are loaded before the first one runs: a running guest would take the processors from those that are
+        still being loaded. For the same reason those whose guests have something to do before they are handed out
+        run a few at a time, and the others all at once. One alone is brought up in this thread, which may be alone
+        with it already.
+        """
+        if len(machines) == 1:
+            yield self._bring_up(machines[0], self._load(machines[0]))
+            return
+        with ThreadPoolExecutor(_AT_ONCE, "cowstore-fork") as pool:
+            faults = list(pool.map(self._load, machines))
+            if not (self.wish.identity or self.wish.hook):
+                faults = list(pool.map(self._resume, machines, faults))
+            yield from pool.map(self._bring_up, machines, faults)
 
+    def _load(self, machine: Machine) -> Exception | None:
+        """Starts a child's process and loads its state; what went wrong."""
+        try:
+            with self.host.alone(machine.name):
+                running = self._started(machine)
+                self.host.agent(machine)  # it is to find somebody there when it wakes up
+                self._give_nic(self.host.registry.get(machine.name), running)
+        except (StoreError, OSError) as error:
+            return error
+        return None
 
-def _make_ready(host: Host, parent: Parent, machine: Machine, running: Running, wish: Wish) -> None:
-    """What takes a running guest: thaw, unplug the parent's card, identity, hook."""
-    if machine.identity is not None and parent.nic is not None:
-        running.remove_nic(parent.nic, _UNPLUG_SECONDS)
-    if not (parent.frozen or machine.identity or wish.hook):
-        return
-    with host.agent(machine) as agent:
+    def _resume(self, machine: Machine, fault: Exception | None) -> Exception | None:
+        """Has a loaded child run; what went wrong, now or before."""
+        if fault is None:
+            try:
+                self.host.running(self.host.registry.get(machine.name)).resume()
+                self.ran[machine.name] = time.monotonic() - self.begun
+            except (StoreError, OSError) as error:
+                return error
+        return fault
+
+    def _bring_up(self, machine: Machine, fault: Exception | None) -> Child:
+        """Makes a child ready to be handed out, which runs from now on at the latest."""
+        name = machine.name
+        try:
+            with self.host.alone(name) as loaded:
+                if name not in self.ran:
+                    fault = self._resume(loaded, fault)
+                if fault is not None:
+                    raise fault
+                self._make_ready(loaded, self.host.running(loaded))
+                return Child(name, self.ran[name], time.monotonic() - self.begun)
+        except (StoreError, OSError) as error:
+            with suppress(NotFoundError):  # somebody has stopped it meanwhile
+                self.host.retire(self.host.registry.get(name))
+            hint = f" ({error.hint})" if isinstance(error, StoreError) and error.hint else ""
+            return Child(name, self.ran.get(name, 0.0), 0.0, f"{error}{hint}")
+
+    def _started(self, machine: Machine) -> Running:
+        """The child's process, with its state loaded, standing still."""
+        directory = self.host.registry.directory(machine)
+        launch = Launch(
+            machine.name, machine.configuration, directory, self.host.disks.place, machine.generation, machine.nic,
+            self.template, self.state,
+        )  # fmt: skip
+        running = self.host.hypervisor.start(launch)
+        self.host.adopt(machine, running)
+        self.host.registry.save(replace(machine, pid=running.pid, started=process_start(running.pid)))
+        return running
+
+    def _give_nic(self, machine: Machine, running: Running) -> None:
+        """Plugs the child's own card beside the parent's, which is cut off."""
+        if machine.identity is None or machine.nic is None:
+            return
+        new = Nic(machine.nic.model, 1 - machine.nic.port, machine.identity.mac)
+        running.replace_nic(machine.nic, new)
+        self.host.registry.save(replace(machine, nic=new))
+
+    def _make_ready(self, machine: Machine, running: Running) -> None:
+        """What takes a running guest: thaw, unplug the parent's card, identity, hook."""
+        parent, wish = self.parent, self.wish
+        if machine.identity is not None and parent.nic is not None:
+            running.remove_nic(parent.nic, _UNPLUG_SECONDS)
+        if not (parent.frozen or machine.identity or wish.hook):
+            return
+        agent = self.host.agent(machine)
         if parent.frozen:
             thaw_by(agent)
         if machine.identity is not None:
@@ -265,6 +319,7 @@ def revive(host: Host, machine: Machine, wish: Wish) -> Child:
     host.delete_disks(machine.configuration.disks)
     host.store.checkpoints.clone_disks(checkpoint.name, [machine.configuration.disks])
     machine = host.registry.save(replace(machine, pid=0, started=0, address=0, nic=parent.nic, held=False))
+    state = host.store.checkpoints.state(checkpoint.name)
     with host.templates.held(checkpoint) as template:
-        state = host.store.checkpoints.state(checkpoint.name)
-        return bring_up(host, parent, machine, wish, template.path, state, begun)
+        (child,) = Birth(host, parent, wish, template.path, state, begun).of([machine])
+        return child

@@ -50,6 +50,7 @@ class Host:
         self._lock = threading.Lock()
         self._busy: dict[str, threading.RLock] = {}
         self._running: dict[str, Running] = {}
+        self._agents: dict[str, Agent] = {}
         self._kept: list[str] = []
 
     @contextmanager
@@ -117,12 +118,18 @@ class Host:
         return machine.address
 
     def agent(self, machine: Machine) -> Agent:
-        """A conversation with a machine's agent.
+        """The line to a machine's agent, kept open; for whoever is alone with the machine.
 
         Raises:
-            GuestError: Nobody answers.
+            GuestError: It has ended.
         """
-        return Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
+        with self._lock:
+            agent = self._agents.get(machine.key)
+        if agent is None:
+            agent = Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
+            with self._lock:
+                self._agents[machine.key] = agent
+        return agent
 
     def end(self, machine: Machine, *, gently: bool = False) -> None:
         """Ends a machine's process, at once or after what it holds for its disks was sent; waits for that."""
@@ -136,7 +143,9 @@ class Host:
         if machine.pid:
             qemu.reap(machine.pid)
         with self._lock:
-            running = self._running.pop(machine.key, None)
+            running, agent = self._running.pop(machine.key, None), self._agents.pop(machine.key, None)
+        if agent is not None:
+            agent.close()
         if running is not None:
             running.close()
 
@@ -186,9 +195,10 @@ class Host:
     def close(self) -> None:
         """Lets go of everything; machines go on."""
         with self._lock:
-            left, self._running = list(self._running.values()), {}
-        for running in left:
-            running.close()
+            left: list[Running | Agent] = [*self._agents.values(), *self._running.values()]
+            self._agents, self._running = {}, {}
+        for one in left:
+            one.close()
         self.templates.close()
 
 

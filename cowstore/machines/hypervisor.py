@@ -37,7 +37,7 @@ class Launch:
         generation: The GUID that tells a guest that it was forked.
         nic: The network card that it has from the start.
         template: The path of its memory; empty where it starts with none.
-        state: The state of its devices; None where it boots.
+        state: The state of its devices, as save_state() gave it; None where it boots.
     """
 
     name: str
@@ -71,8 +71,8 @@ class Running(Protocol):
         """Has it go on."""
         ...
 
-    def save_state(self, path: Path) -> None:
-        """Writes the state of its devices, but for the memory, to a file that is to be made."""
+    def save_state(self) -> bytes:
+        """The state of its devices, but for the memory."""
         ...
 
     def address(self) -> int:

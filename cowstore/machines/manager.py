@@ -202,7 +202,11 @@ class Manager:
 
     def _taken(self, source: str, name: str, progress: Progress) -> Checkpoint:
         with self._host.alone(source) as machine:
-            return checkpointing.take(self._host, machine, name, automatic=True, progress=progress).checkpoint
+            # Its disks are never without its memory, so their file systems need not be frozen, and thawed in each
+            # child.
+            return checkpointing.take(
+                self._host, machine, name, automatic=True, freezing=False, progress=progress
+            ).checkpoint
 
     def _free_names(self, prefix: str, count: int) -> list[str]:
         taken = {machine.name for machine in self._host.registry.all()}
@@ -223,18 +227,30 @@ class Manager:
             return False
         return True
 
-    def checkpoint(self, name: str, checkpoint: str, progress: Progress = no_progress) -> Moment:
-        """Takes a checkpoint of a machine, which goes on."""
+    def checkpoint(
+        self, name: str, checkpoint: str, progress: Progress = no_progress, *, freezing: bool = True
+    ) -> Moment:
+        """Takes a checkpoint of a machine, which goes on.
+
+        Args:
+            name: The machine.
+            checkpoint: The checkpoint's name.
+            progress: Told ("memory", bytes done, bytes in all).
+            freezing: Whether file systems are frozen first, where the guest has an agent. It takes the guest a while,
+                and is of use to those only who read the disks without the memory.
+        """
         if self._host.registry.has(checkpoint):
             raise ExistsError("machine", checkpoint, hint="choose another name")
         with self._host.alone(name) as machine:
-            return checkpointing.take(self._host, machine, checkpoint, automatic=False, progress=progress)
+            return checkpointing.take(
+                self._host, machine, checkpoint, automatic=False, freezing=freezing, progress=progress
+            )
 
     def keep(self, name: str, checkpoint: str = "", progress: Progress = no_progress) -> Moment:
         """Turns a machine into a checkpoint, of its own name where no other is given."""
         with self._host.alone(name) as machine:
             moment = checkpointing.take(
-                self._host, machine, checkpoint or name, automatic=False, progress=progress
+                self._host, machine, checkpoint or name, automatic=False, freezing=True, progress=progress
             )
             self._end(machine, gently=True)
             return moment
@@ -279,8 +295,7 @@ class Manager:
         if not running.has_agent():
             running.power_down()
             return
-        with self._host.agent(machine) as agent:
-            agent.tell("shutdown")
+        self._host.agent(machine).tell("shutdown")
 
     def _end(self, machine: Machine, *, gently: bool) -> None:
         self._host.end(machine, gently=gently)
@@ -288,8 +303,8 @@ class Manager:
 
     def run(self, name: str, words: Sequence[str], data: bytes = b"", seconds: float = _EXEC_SECONDS) -> Outcome:
         """Runs a program in a machine's guest, by its agent."""
-        with self._host.alone(name) as machine, self._host.agent(machine) as agent:
-            return agent.run(words, data=data, seconds=seconds)
+        with self._host.alone(name) as machine:
+            return self._host.agent(machine).run(words, data=data, seconds=seconds)
 
     # What is there.
 

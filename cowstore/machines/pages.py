@@ -24,6 +24,7 @@ _AT_ONCE = 1024  # IOV_MAX: ranges that one call can read
 _PAGES_AT_ONCE = 1 << 18  # 1 GiB: a call reads no more than 2 GiB less a page, and stops there without an error
 _ENTRIES_AT_ONCE = 1 << 17  # of the page map: 1 MiB, half a GiB of memory
 _PIECE = 1 << 20  # bytes of a piece, at most
+_MANY = 4096  # pages: for fewer of them it takes longer to make room than to do without
 Numbers = npt.NDArray[np.int64]
 Runs = list[tuple[int, int]]
 
@@ -92,11 +93,32 @@ def read_process(pid: int, address: int, ranges: Runs, target: int) -> None:
     for part in _batches(ranges):
         ours, theirs = _vectors(part, target), _vectors(part, address)
         done = _libc.process_vm_readv(pid, ours, len(part), theirs, len(part), 0)
-        if done < 0:
-            error = ctypes.get_errno()
-            raise _unreadable(pid, OSError(error, os.strerror(error)))
-        if done != sum(count for _, count in part) * PAGE_SIZE:
-            raise MachineError(f"only {done} bytes of process {pid}'s pages could be read")
+        _check_done(pid, done, sum(count for _, count in part) * PAGE_SIZE)
+
+
+def copy_process(pid: int, address: int, size: int) -> bytes:
+    """A few bytes of another process's memory. Raises MachineError where they cannot be read."""
+    target = bytearray(size)
+    ours = _Vector(ctypes.addressof(ctypes.c_char.from_buffer(target)), size)
+    theirs = _Vector(address, size)
+    _check_done(pid, _libc.process_vm_readv(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0), size)
+    return bytes(target)
+
+
+def write_process(pid: int, address: int, data: bytes) -> None:
+    """Writes a few bytes into another process's memory. Raises MachineError where that cannot be."""
+    source = (ctypes.c_char * len(data)).from_buffer_copy(data)
+    ours = _Vector(ctypes.addressof(source), len(data))
+    theirs = _Vector(address, len(data))
+    _check_done(pid, _libc.process_vm_writev(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0), len(data))
+
+
+def _check_done(pid: int, done: int, wanted: int) -> None:
+    if done < 0:
+        error = ctypes.get_errno()
+        raise _unreadable(pid, OSError(error, os.strerror(error)))
+    if done != wanted:
+        raise MachineError(f"only {done} of {wanted} bytes of process {pid}'s memory could be reached")
 
 
 def _batches(ranges: Runs) -> Iterator[Runs]:
@@ -133,10 +155,11 @@ def _unreadable(pid: int, error: OSError) -> MachineError:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-_libc.process_vm_readv.argtypes = (
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
-)  # fmt: skip
+for _call in (_libc.process_vm_readv, _libc.process_vm_writev):
+    _call.restype = ctypes.c_ssize_t
+    _call.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
+    )  # fmt: skip
 
 
 class Capture:
@@ -173,9 +196,10 @@ class Capture:
             raise
 
     def prepare(self) -> int:
-        """Makes room for what is the process's own now; returns how many pages that are."""
+        """Makes room for what is the process's own now, if that is much; returns how many pages that are."""
         self.pages = own_pages(self._pid, self._address, self.size)
-        read_process(self._pid, self._address, runs(self.pages), self._start())
+        if len(self.pages) >= _MANY:
+            read_process(self._pid, self._address, runs(self.pages), self._start())
         return len(self.pages)
 
     def take(self) -> None:

@@ -2,8 +2,12 @@
 
 A machine that boots has anonymous memory; a child maps a sealed template privately. In both its own pages are
 private to its process, so one way of saving serves them all: the state of the devices without the memory
-(`xen-save-devices-state`), and the pages from the process. Children are told with `send-configuration=off` that
-the section is missing that only a whole migration begins with.
+(`xen-save-devices-state`), and the pages from the process. A child takes the state for a migration that comes in;
+`send-configuration=off` says that the section is missing that only a whole one begins with.
+
+A QEMU that waits for a migration leaves its BIOS empty, for the stream to fill, and ours does not. So the BIOS is
+kept with the state, and written into the child's process: it would find none when it reboots. The command that is
+made for such states, `xen-load-devices-state`, ends QEMU 7.2 with a failed assertion.
 
 Source: docs/devel/migration.rst, qapi/migration.json and hmp-commands-info.hx of QEMU 7.2.
 """
@@ -17,6 +21,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +35,7 @@ from cowstore.errors import InvalidError, MachineError, NotFoundError
 from .configuration import MIB, Configuration
 from .hypervisor import Launch, Nic
 from .monitor import Monitor
+from .pages import copy_process, write_process
 
 PROGRAM = "qemu-system-x86_64"
 AGENT_PORT = "org.qemu.guest_agent.0"
@@ -37,6 +43,7 @@ CONSOLE, CONSOLE_LOG, LOG, QMP, AGENT = "console.sock", "console.log", "qemu.log
 _CONTROL = "control.sock"  # a monitor of the manager's own: whoever talks to QMP keeps nobody waiting
 _RECONNECT_SECONDS = 86_400  # how long requests to the disks wait for a server to come back
 _START_SECONDS = 60.0
+_BIOS_SIZE = struct.Struct("<Q")  # the last bytes of a saved state
 _FIRST_DISK = 0x10  # its slot on the bus
 _TAIL = 2000  # bytes of the log that an error shows
 
@@ -99,12 +106,14 @@ class Qemu:
 
     def start(self, launch: Launch) -> RunningQemu:
         """See Hypervisor."""
-        with _listening(launch.directory / _CONTROL) as control, _state_file(launch.state) as state:
-            pid = _spawn(self._path, launch, control, state)
+        state, bios = (None, b"") if launch.state is None else _apart(launch.state)
+        with _listening(launch.directory / _CONTROL) as control, _state_file(state) as file:
+            pid = _spawn(self._path, launch, control, file)
         try:
             running = RunningQemu(launch.name, pid, launch.directory)
-            if launch.state is not None:
+            if state is not None:
                 running.wait_loaded()
+                running.write_bios(bios)
         except BaseException as error:
             kill(pid)
             os.waitpid(pid, 0)
@@ -150,6 +159,22 @@ class RunningQemu:
         if status not in ("paused", "prelaunch"):
             raise MachineError(f"machine {self._name} is {status} after loading its state")
 
+    def write_bios(self, bios: bytes) -> None:
+        """Writes a BIOS where the machine has none yet."""
+        address, size = self._bios()
+        if size != len(bios):
+            raise MachineError(f"machine {self._name} has a BIOS of {size} bytes, and its parent had {len(bios)}")
+        write_process(self.pid, address, bios)
+
+    def _bios(self) -> tuple[int, int]:
+        """Where the BIOS is in the process, and how many bytes it has. It ends where 32 bits of addresses do."""
+        listed = self._monitor.execute("human-monitor-command", command_line="info ramblock")
+        found = re.search(r"^\s*pc\.bios\s+\S+ \S+\s+0x\w+\s+(0x\w+)", str(listed), re.MULTILINE)
+        if found is None:
+            raise MachineError(f"QEMU does not tell how large the BIOS of {self._name} is: {listed}")
+        size = int(found[1], 16)
+        return self._host_address((1 << 32) - size, "pc.bios"), size
+
     def status(self) -> str:
         """See Running."""
         return str(self._monitor.execute("query-status")["status"])
@@ -162,14 +187,26 @@ class RunningQemu:
         """See Running."""
         self._monitor.execute("cont")
 
-    def save_state(self, path: Path) -> None:
+    def save_state(self) -> bytes:
         """See Running. Not live: the disks would be let go of, for another host to take over."""
-        self._monitor.execute("xen-save-devices-state", filename=str(path), live=False)
+        fd = os.memfd_create("cowstore-state", os.MFD_CLOEXEC)
+        try:
+            path = f"/proc/{os.getpid()}/fd/{fd}"
+            self._monitor.execute("xen-save-devices-state", filename=path, live=False)
+            state = os.pread(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+        bios = copy_process(self.pid, *self._bios())
+        return state + bios + _BIOS_SIZE.pack(len(bios))
 
     def address(self) -> int:
         """See Running."""
-        said = self._monitor.execute("human-monitor-command", command_line="gpa2hva 0")
-        found = re.search(r"\(ram\) is (0x[0-9a-f]+)", str(said))
+        return self._host_address(0, "ram")
+
+    def _host_address(self, address: int, block: str) -> int:
+        """Where a place of the guest's memory is in the process."""
+        said = self._monitor.execute("human-monitor-command", command_line=f"gpa2hva {address:#x}")
+        found = re.search(rf"\({re.escape(block)}\) is (0x[0-9a-f]+)", str(said))
         if found is None:
             raise MachineError(f"QEMU does not tell where the memory of {self._name} is: {said}")
         return int(found[1], 16)
@@ -312,6 +349,19 @@ def _state_file(state: bytes | None) -> Iterator[int | None]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _apart(saved: bytes) -> tuple[bytes, bytes]:
+    """State and BIOS of what save_state() gave.
+
+    Raises:
+        MachineError: It is not that.
+    """
+    end = len(saved) - _BIOS_SIZE.size
+    size = _BIOS_SIZE.unpack_from(saved, end)[0] if end > 0 else 0
+    if not 0 < size < end:
+        raise MachineError("that is no state of a machine's devices")
+    return saved[: end - size], saved[end - size : end]
 
 
 def _said(directory: Path) -> str:

@@ -25,6 +25,7 @@ TOPICS = (
     "index_peer",
     "collect",
     "serving",
+    "machines",
 )
 """Each topic is a module beside this one with `run(bench)`."""
 

@@ -341,7 +341,7 @@ def test_pages_that_are_not_there_at_the_end():
     start = pages.address_of(source)
     guard = template_module._libc.mmap(start + 4 * PAGE_SIZE, PAGE_SIZE, 0, kind | MAP_FIXED, -1, 0)
     assert guard == start + 4 * PAGE_SIZE
-    with pytest.raises(MachineError, match=f"only {4 * PAGE_SIZE} bytes of process"):
+    with pytest.raises(MachineError, match=f"only {4 * PAGE_SIZE} of {5 * PAGE_SIZE} bytes of process"):
         read_process(os.getpid(), start, [(0, 4), (4, 1)], pages.address_of(target))
     with pytest.raises(MachineError, match="Bad address"):
         read_process(os.getpid(), start, [(4, 1)], pages.address_of(target))
