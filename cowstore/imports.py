@@ -64,7 +64,7 @@ class Import:
     def lay(self, pages: Source, progress: Progress) -> DeviceRecord:
         """Lays pages over what is there; returns the published record. Scattered ones are taken in together."""
         self._grow(pages.size)
-        gathered, numbers = bytearray(_GATHERED * BLOCK_SIZE), list[int]()
+        gathered, numbers = memoryview(bytearray(_GATHERED * BLOCK_SIZE)), list[int]()
         for offset, piece in pages.pieces():
             first, count = offset // BLOCK_SIZE, len(piece) // BLOCK_SIZE
             if count >= _LONG:
@@ -72,19 +72,20 @@ class Import:
             else:
                 if len(numbers) + count > _GATHERED:
                     self._stage_gathered(gathered, numbers)
-                gathered[len(numbers) * BLOCK_SIZE : (len(numbers) + count) * BLOCK_SIZE] = piece
+                    progress("import", offset, pages.size)
+                start = len(numbers) * BLOCK_SIZE
+                gathered[start : start + len(piece)] = piece
                 numbers += range(first, first + count)
-            progress("import", offset + len(piece), pages.size)
         self._stage_gathered(gathered, numbers)
+        progress("import", pages.size, pages.size)
         return self._finish()
 
-    def _stage_gathered(self, gathered: bytearray, numbers: list[int]) -> None:
+    def _stage_gathered(self, gathered: memoryview, numbers: list[int]) -> None:
         """Stages blocks by their numbers, and forgets them."""
         if not numbers:
             return
-        data = memoryview(bytes(memoryview(gathered)[: len(numbers) * BLOCK_SIZE]))
         with self._lock:
-            self._publisher.stage_blocks(np.array(numbers, np.int64), data)
+            self._publisher.stage_blocks(np.array(numbers, np.int64), gathered[: len(numbers) * BLOCK_SIZE])
             if self._publisher.draft.is_large():
                 self._publisher.emit()
         self._count(len(numbers))

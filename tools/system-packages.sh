@@ -25,6 +25,7 @@ packages='
     nbdkit      nbdkit
     nbdcopy     libnbd-bin
     fio         fio
+    qemu-system-x86_64  qemu-system-x86
 '
 
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
@@ -40,4 +41,4 @@ if [ -n "$missing" ]; then
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
         echo "system-packages: that failed; what needs them will say so" >&2
 fi
-[ "${1:-test}" = bench ] || sh "$(dirname "$0")/fetch-guest.sh"
+sh "$(dirname "$0")/fetch-guest.sh"

@@ -76,7 +76,8 @@ def ls(session: Session, as_json: bool) -> None:
 
     MEMORY is what of a machine's memory is its own, DISK what of its disks: the rest it shares.
     """
-    found = runtime.connect(session.path).ask("list")
+    known = runtime.has_machines(runtime.existing(session.path))  # to look at none starts no server
+    found = runtime.connect(session.path).ask("list") if known else []
     if as_json:
         console.emit(found)
         return

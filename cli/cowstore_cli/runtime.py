@@ -35,11 +35,24 @@ def directory(store: Path) -> Path:
     return place
 
 
+def existing(store: str) -> Path:
+    """The path of a store that is there; NotFoundError where none is."""
+    path = Path(store)
+    if not (path / "store.json").is_file():
+        raise cowstore.NotFoundError("store", store, hint="`cowstore init` makes one")
+    return path
+
+
 def client(store: Path) -> Client:
     """Whoever asks a store's server, which may run or not."""
     from cowstore.machines import Client
 
     return Client(directory(store) / CONTROL)
+
+
+def has_machines(store: Path) -> bool:
+    """Whether any machine is on record."""
+    return any((directory(store) / MACHINES).glob("*"))
 
 
 def connect(store: str) -> Client:
@@ -49,9 +62,7 @@ def connect(store: str) -> Client:
         NotFoundError: There is no such store.
         MachineError: The server does not start, or has no machines.
     """
-    path = Path(store)
-    if not (path / "store.json").is_file():
-        raise cowstore.NotFoundError("store", store, hint="`cowstore init` makes one")
+    path = existing(store)
     place, asking = directory(path), client(path)
     if _answers(asking):
         return asking

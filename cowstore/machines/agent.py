@@ -17,8 +17,8 @@ from typing import Any
 
 from cowstore.errors import GuestError
 
-_COMMAND_SECONDS = 20.0
-_SYNC_SECONDS = 10.0
+_COMMAND_SECONDS = 60.0
+_SYNC_SECONDS = 30.0
 _POLL_SECONDS = 0.01
 _SENTINEL = b"\xff"  # no part of any JSON text, so the other side forgets whatever it has half read
 _ANSWER_BYTES = 64 << 20

@@ -17,7 +17,7 @@ from .configuration import Configuration
 from .host import Host
 from .hypervisor import Launch, Nic, Running
 from .identity import Identity
-from .registry import Machine, process_start
+from .registry import Machine
 from .stores import Checkpoint, Progress
 from .template import check_room
 
@@ -276,8 +276,7 @@ class Birth:
             self.template, self.state,
         )  # fmt: skip
         running = self.host.hypervisor.start(launch)
-        self.host.adopt(machine, running)
-        self.host.registry.save(replace(machine, pid=running.pid, started=process_start(running.pid)))
+        self.host.started(machine, running)
         return running
 
     def _give_nic(self, machine: Machine, running: Running) -> None:
@@ -305,9 +304,12 @@ class Birth:
             identities.run_hook(agent, machine.name, wish.hook, identity, machine.parent)
 
 
-def revive(host: Host, machine: Machine, wish: Wish) -> Child:
-    """Starts a child anew whose process has ended, from its checkpoint and with the identity that it has."""
-    begun = time.monotonic()
+def origin(host: Host, machine: Machine, wish: Wish) -> Parent:
+    """What a child can be started anew from.
+
+    Raises:
+        StoreError: It cannot be, and goes on as it is.
+    """
     try:
         checkpoint = host.store.checkpoints.info(machine.checkpoint)
     except NotFoundError as error:
@@ -316,6 +318,12 @@ def revive(host: Host, machine: Machine, wish: Wish) -> Child:
         raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} was replaced by another")
     parent = Parent.of(checkpoint)
     parent.check(host, wish, 1)
+    return parent
+
+
+def revive(host: Host, machine: Machine, parent: Parent, wish: Wish) -> Child:
+    """Starts a child anew whose process has ended, with the identity that it has."""
+    begun, checkpoint = time.monotonic(), parent.checkpoint
     host.delete_disks(machine.configuration.disks)
     host.store.checkpoints.clone_disks(checkpoint.name, [machine.configuration.disks])
     machine = host.registry.save(replace(machine, pid=0, started=0, address=0, nic=parent.nic, held=False))

@@ -15,7 +15,7 @@ from cowstore.errors import InUseError, MachineError, NotFoundError, StoreError
 from . import qemu
 from .agent import Agent
 from .hypervisor import Hypervisor, Running
-from .registry import Machine, Registry
+from .registry import Machine, Registry, process_start
 from .stores import Disks, Store
 from .templates import Templates
 
@@ -109,6 +109,16 @@ class Host:
         with self._lock:
             self._running[machine.key] = running
         return running
+
+    def started(self, machine: Machine, running: Running) -> Machine:
+        """Puts a machine's process on record. One that cannot be is ended: nobody would find it again."""
+        machine = replace(machine, pid=running.pid, started=process_start(running.pid))
+        self.adopt(machine, running)
+        try:
+            return self.registry.save(machine)
+        except BaseException:
+            self.end(machine)
+            raise
 
     def address(self, machine: Machine) -> int:
         """Where a machine's memory begins in its process."""

@@ -22,7 +22,7 @@ from .hypervisor import Hypervisor, Launch, Nic
 from .identity import fresh_mac
 from .keeper import Keeper
 from .pages import PAGE_SIZE, own_pages
-from .registry import Machine, process_start
+from .registry import Machine
 from .stores import Checkpoint, Disks, Progress, Store, no_progress
 
 _log = logging.getLogger("cowstore.machines")
@@ -146,11 +146,10 @@ class Manager:
             directory = host.registry.directory(machine)
             launch = Launch(name, configuration, directory, host.disks.place, machine.generation, nic)
             running = host.hypervisor.start(launch)
+            host.started(machine, running)
         except BaseException:
             host.registry.remove(machine)
             raise
-        host.adopt(machine, running)
-        host.registry.save(replace(machine, pid=running.pid, started=process_start(running.pid)))
         self._keeper.watch(running.pid, name)
         return self.info(name)
 
@@ -236,8 +235,8 @@ class Manager:
             name: The machine.
             checkpoint: The checkpoint's name.
             progress: Told ("memory", bytes done, bytes in all).
-            freezing: Whether file systems are frozen first, where the guest has an agent. It takes the guest a while,
-                and is of use to those only who read the disks without the memory.
+            freezing: Whether file systems are frozen first, where the guest has an agent. It takes the guest a
+                while, and is of use to those only who read the disks without the memory.
         """
         if self._host.registry.has(checkpoint):
             raise ExistsError("machine", checkpoint, hint="choose another name")
@@ -262,9 +261,14 @@ class Manager:
                 raise InvalidError(
                     f"machine {name!r} was started and not forked", hint="stop it and start it again"
                 )
-            self._host.end(machine)
             wish = replace(wish or Wish(), identity=machine.identity is not None)
-            child = forking.revive(self._host, machine, wish)
+            parent = forking.origin(self._host, machine, wish)
+            self._host.end(machine)
+            try:
+                child = forking.revive(self._host, machine, parent, wish)
+            except BaseException:
+                self._retire(machine)
+                raise
         if not child.error:
             self._keeper.watch(self._host.registry.get(name).pid, name)
         return child
