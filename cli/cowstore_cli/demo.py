@@ -199,7 +199,7 @@ class Demonstration:
             remarks.append(f"{sizes.show(sum(one.length for one in ranges))} differ from the first")
 
     def _fork_live(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="cowstore-") as folder:  # short, for sockets
+        with tempfile.TemporaryDirectory(prefix="cowstore-", dir="/tmp") as folder:  # short, for sockets
             demo_machine.LiveFork(Path(folder), self.steps).run(self._store)
 
     def _prove_exports(self) -> None:

@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from cowstore.errors import ExistsError, NotFoundError
+from cowstore.errors import ExistsError, InvalidError, NotFoundError
 
 from .configuration import Configuration
 from .hypervisor import Nic
 from .identity import Identity
 
 _RECORD = "machine.json"
+_PATH_BYTES = 80  # of a Unix socket's 107; the rest is for a machine's own folder and the socket's name
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,14 @@ class Registry:
 
     Args:
         directory: Where they are; private.
+
+    Raises:
+        InvalidError: Its path is too long for sockets.
     """
 
     def __init__(self, directory: Path) -> None:
+        if len(os.fsencode(directory)) > _PATH_BYTES:
+            raise InvalidError(f"{directory} is too long for sockets", hint=f"at most {_PATH_BYTES} bytes")
         self._directory = directory
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
