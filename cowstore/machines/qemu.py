@@ -43,6 +43,7 @@ CONSOLE, CONSOLE_LOG, LOG, QMP, AGENT = "console.sock", "console.log", "qemu.log
 _CONTROL = "control.sock"  # a monitor of the manager's own: whoever talks to QMP keeps nobody waiting
 _RECONNECT_SECONDS = 86_400  # how long requests to the disks wait for a server to come back
 _START_SECONDS = 60.0
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"  # for a guest that breaks out
 _BIOS_SIZE = struct.Struct("<Q")  # the last bytes of a saved state
 _FIRST_DISK = 0x10  # its slot on the bus
 _TAIL = 2000  # bytes of the log that an error shows
@@ -282,6 +283,7 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
         memory = f"memory-backend-ram,id=ram,{memory}"
     words = [
         "-name", f"{launch.name},process=cowstore-vm", "-nodefaults", "-no-user-config", "-display", "none",
+        "-sandbox", _SANDBOX,
         "-machine", f"{one.machine},memory-backend=ram,mem-merge=off,suppress-vmdesc=on",
         "-accel", one.accelerator, "-cpu", one.cpu, "-smp", str(one.cpus), "-m", f"{one.memory // MIB}M",
         "-object", memory,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import statistics
 import tempfile
 import time
@@ -135,9 +136,14 @@ class _Whole:
         parent = manager._host.running(manager._host.registry.get("parent"))
         assert isinstance(parent, RunningQemu)
         parent.stop()
-        parent._monitor.execute("migrate", uri=f"exec:cat >{self._file}")
-        while parent._monitor.execute("query-migrate")["status"] != "completed":
-            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as listener:  # its sandbox lets it start no `cat`
+            listener.bind(str(place / "whole.sock"))
+            listener.listen(1)
+            parent._monitor.execute("migrate", uri=f"unix:{place}/whole.sock")
+            source, _ = listener.accept()
+            with source, source.makefile("rb") as stream, self._file.open("wb") as file:
+                shutil.copyfileobj(stream, file, 1 << 20)
+        assert parent._monitor.execute("query-migrate")["status"] == "completed"
         store.clone("desk", "whole").close()
         parent.resume()
         self.size = self._file.stat().st_size
@@ -161,8 +167,6 @@ class _Whole:
 
 def _started(launch: Launch, state: Path) -> RunningQemu:
     """The same process that a child of ours has, but for the memory, which comes with the state."""
-    import socket
-
     with socket.socket(socket.AF_UNIX) as control, state.open("rb") as file:
         control.bind(str(launch.directory / "control.sock"))
         control.listen(1)
