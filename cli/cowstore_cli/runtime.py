@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cowstore
+from cowstore_cli.console import no_bars
 
 if TYPE_CHECKING:
     from cowstore.machines import Client
@@ -55,13 +57,37 @@ def has_machines(store: Path) -> bool:
     return any((directory(store) / MACHINES).glob("*"))
 
 
-def connect(store: str) -> Client:
-    """Whoever answers for a store's machines: its server, which is started where there is none.
+class Asking:
+    """Whoever asks a store's server, which is started where there is none.
+
+    Args:
+        store: The store's path.
+    """
+
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._client = _connected(store)
+
+    def ask(self, verb: str, progress: Callable[[str, int, int], None] = no_bars, /, **arguments: Any) -> Any:
+        """See cowstore.machines.Client; a server that has just ended, with nothing to do, is started again."""
+        try:
+            return self._client.ask(verb, progress, **arguments)
+        except (FileNotFoundError, ConnectionRefusedError):
+            self._client = _connected(self._store)
+            return self._client.ask(verb, progress, **arguments)
+
+
+def connect(store: str) -> Asking:
+    """Whoever answers for a store's machines.
 
     Raises:
         NotFoundError: There is no such store.
         MachineError: The server does not start, or has no machines.
     """
+    return Asking(store)
+
+
+def _connected(store: str) -> Client:
     path = existing(store)
     place, asking = directory(path), client(path)
     if _answers(asking):

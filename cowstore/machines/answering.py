@@ -6,6 +6,7 @@ Only processes of the same user are. A command that goes away in the middle leav
 from __future__ import annotations
 
 import base64
+import inspect
 import logging
 import os
 import socket
@@ -57,9 +58,10 @@ class Verbs:
         if handler is None:
             raise InvalidError(f"request {verb!r} is not known", hint="is the server of another version?")
         try:
-            return plain(handler(self, progress, **arguments))
+            inspect.signature(handler).bind(self, progress, **arguments)
         except TypeError as error:
             raise InvalidError(f"request {verb!r} does not fit: {error}") from error
+        return plain(handler(self, progress, **arguments))
 
     def _start(self, _: Progress, name: str, configuration: dict[str, Any]) -> Any:
         chosen = self._accelerators.choose(str(configuration.get("accelerator", "auto")))

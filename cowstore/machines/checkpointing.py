@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cowstore.errors import GuestError, MachineError, StoreError
 
@@ -134,7 +134,7 @@ def _standing_still(host: Host, machine: Machine, running: Running, *, freezing:
     The record says so first: whoever finds it after a death in between has the machine go on.
     """
     still = _Stillness(agent=running.has_agent())
-    host.registry.save(replace(machine, held=True))
+    host.registry.change(machine, held=True)
     try:
         still.frozen = freezing and still.agent and freeze(host, machine)
         begun = time.monotonic()
@@ -147,7 +147,7 @@ def _standing_still(host: Host, machine: Machine, running: Running, *, freezing:
     finally:
         if still.frozen:
             thaw(host, machine)
-        host.registry.save(replace(host.registry.get(machine.name), held=False))
+        host.registry.change(machine, held=False)
 
 
 def freeze(host: Host, machine: Machine) -> bool:
@@ -185,4 +185,4 @@ def let_go(host: Host, machine: Machine) -> None:
             running.resume()
         if running.has_agent():
             thaw(host, machine)
-        host.registry.save(replace(machine, held=False))
+        host.registry.change(machine, held=False)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from cowstore.errors import GuestError, InvalidError, MachineError, NotFoundError, StoreError
@@ -261,6 +261,7 @@ class Birth:
                 if fault is not None:
                     raise fault
                 self._make_ready(loaded, self.host.running(loaded))
+                self.host.registry.change(loaded, ready=True)
                 return Child(name, self.ran[name], time.monotonic() - self.begun)
         except (StoreError, OSError) as error:
             with suppress(NotFoundError):  # somebody has stopped it meanwhile
@@ -285,7 +286,7 @@ class Birth:
             return
         new = Nic(machine.nic.model, 1 - machine.nic.port, machine.identity.mac)
         running.replace_nic(machine.nic, new)
-        self.host.registry.save(replace(machine, nic=new))
+        self.host.registry.change(machine, nic=new)
 
     def _make_ready(self, machine: Machine, running: Running) -> None:
         """What takes a running guest: thaw, unplug the parent's card, identity, hook."""
@@ -326,7 +327,7 @@ def revive(host: Host, machine: Machine, parent: Parent, wish: Wish) -> Child:
     begun, checkpoint = time.monotonic(), parent.checkpoint
     host.delete_disks(machine.configuration.disks)
     host.store.checkpoints.clone_disks(checkpoint.name, [machine.configuration.disks])
-    machine = host.registry.save(replace(machine, pid=0, started=0, address=0, nic=parent.nic, held=False))
+    machine = host.registry.change(machine, pid=0, started=0, address=0, nic=parent.nic, ready=False)
     state = host.store.checkpoints.state(checkpoint.name)
     with host.templates.held(checkpoint) as template:
         (child,) = Birth(host, parent, wish, template.path, state, begun).of([machine])

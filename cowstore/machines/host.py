@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,21 +110,21 @@ class Host:
             self._running[machine.key] = running
         return running
 
-    def started(self, machine: Machine, running: Running) -> Machine:
+    def started(self, machine: Machine, running: Running, *, ready: bool = False) -> Machine:
         """Puts a machine's process on record. One that cannot be is ended: nobody would find it again."""
-        machine = replace(machine, pid=running.pid, started=process_start(running.pid))
+        pid, began = running.pid, process_start(running.pid)
         self.adopt(machine, running)
         try:
-            return self.registry.save(machine)
+            return self.registry.change(machine, pid=pid, started=began, ready=ready)
         except BaseException:
-            self.end(machine)
+            self.end(replace(machine, pid=pid, started=began))
             raise
 
     def address(self, machine: Machine) -> int:
         """Where a machine's memory begins in its process."""
         if not machine.address:
             address = self.running(machine).address()
-            machine = self.registry.save(replace(self.registry.get(machine.name), address=address))
+            machine = self.registry.change(machine, address=address)
         return machine.address
 
     def agent(self, machine: Machine) -> Agent:
@@ -145,8 +145,9 @@ class Host:
         """Ends a machine's process, at once or after what it holds for its disks was sent; waits for that."""
         if machine.is_alive:
             if gently:
-                self.running(machine).quit()
-                wait_ended(machine, _END_SECONDS)
+                with suppress(MachineError):  # one that does not answer is not asked twice
+                    self.running(machine).quit()
+                    wait_ended(machine, _END_SECONDS)
             if machine.is_alive:
                 qemu.kill(machine.pid)
                 wait_ended(machine, _END_SECONDS)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 _log = logging.getLogger("cowstore.machines")
+_LOOK_SECONDS = 5.0
 
 
 class Keeper:
@@ -17,10 +18,12 @@ class Keeper:
 
     Args:
         ended: Called for each that has ended, with what it was watched for.
+        look_around: Called every few seconds.
     """
 
-    def __init__(self, ended: Callable[[str], None]) -> None:
+    def __init__(self, ended: Callable[[str], None], look_around: Callable[[], None]) -> None:
         self._ended = ended
+        self._look_around = look_around
         self._lock = threading.Lock()
         self._new: list[tuple[int, str]] = []
         self._waker, self._wake = socket.socketpair()
@@ -42,7 +45,10 @@ class Keeper:
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
                 gone = []
-                for key, _ in selector.select():
+                ready = selector.select(_LOOK_SECONDS)
+                if not ready:
+                    self._look_around()
+                for key, _ in ready:
                     if key.fileobj is self._wake:
                         if not self._wake.recv(64):
                             return

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ from .keeper import Keeper
 from .pages import PAGE_SIZE, own_pages
 from .registry import Machine
 from .stores import Checkpoint, Disks, Progress, Store, no_progress
+from .template import check_room
 
 _log = logging.getLogger("cowstore.machines")
 _EXEC_SECONDS = 60.0
+_LOG_BYTES = 8 << 20  # of a console; as many are kept in a second file
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Manager:
 
     def __init__(self, store: Store, disks: Disks, directory: Path, hypervisor: Hypervisor | None = None) -> None:
         self._host = Host(store, disks, hypervisor or qemu.Qemu(), directory)
-        self._keeper = Keeper(self._has_ended)
+        self._keeper = Keeper(self._has_ended, self._cut_logs)
         self._recover()
 
     # What an earlier manager has left.
@@ -90,7 +95,7 @@ class Manager:
         for found in list(registry.load()):
             if isinstance(found, Path):
                 self._sweep(found)
-            elif found.is_alive:
+            elif found.is_alive and found.ready:
                 if found.held:
                     checkpointing.let_go(self._host, found)
                 self._keeper.watch(found.pid, found.name)
@@ -119,6 +124,15 @@ class Manager:
         except NotFoundError:
             pass  # it was stopped, and everything is gone already
 
+    def _cut_logs(self) -> None:
+        """Sets the console logs aside that have become too long: what a guest says must not fill the host."""
+        for machine in self._host.registry.all():
+            log = self._host.registry.directory(machine) / qemu.CONSOLE_LOG
+            with suppress(OSError):  # it may have just ended
+                if log.stat().st_size > _LOG_BYTES:
+                    shutil.copyfile(log, log.with_suffix(".old"))
+                    os.truncate(log, 0)
+
     # Machines.
 
     def start(self, name: str, configuration: Configuration) -> MachineInfo:
@@ -138,6 +152,7 @@ class Manager:
                 raise InvalidError(f"{disk!r} is an image, which no machine can write", hint="clone it first")
             self._check_unused(disk)
         self._check_name(name)
+        check_room(configuration.memory, f"machine {name}")
         nic = Nic(configuration.nic, 0, fresh_mac()) if configuration.nic else None
         machine = host.registry.add(
             Machine("", name, configuration, time.time(), nic=nic, generation=str(uuid.uuid4()))
@@ -146,7 +161,7 @@ class Manager:
             directory = host.registry.directory(machine)
             launch = Launch(name, configuration, directory, host.disks.place, machine.generation, nic)
             running = host.hypervisor.start(launch)
-            host.started(machine, running)
+            host.started(machine, running, ready=True)
         except BaseException:
             host.registry.remove(machine)
             raise
@@ -195,9 +210,14 @@ class Manager:
             names = self._free_names(prefix, count)
             children = forking.fork(self._host, checkpoint, names, source, wish, begun, progress)
         for child in children:
-            if not child.error:
-                self._keeper.watch(self._host.registry.get(child.name).pid, child.name)
+            self._watch(child)
         return children
+
+    def _watch(self, child: Child) -> None:
+        """Has a child's end noticed from now on; it may have been stopped already."""
+        if not child.error:
+            with suppress(NotFoundError):
+                self._keeper.watch(self._host.registry.get(child.name).pid, child.name)
 
     def _taken(self, source: str, name: str, progress: Progress) -> Checkpoint:
         with self._host.alone(source) as machine:
@@ -251,7 +271,7 @@ class Manager:
             moment = checkpointing.take(
                 self._host, machine, checkpoint or name, automatic=False, freezing=True, progress=progress
             )
-            self._end(machine, gently=True)
+            self._end(machine, gently=not machine.disposable)
             return moment
 
     def refresh(self, name: str, wish: Wish | None = None) -> Child:
@@ -269,8 +289,7 @@ class Manager:
             except BaseException:
                 self._retire(machine)
                 raise
-        if not child.error:
-            self._keeper.watch(self._host.registry.get(name).pid, name)
+        self._watch(child)
         return child
 
     def stop(self, name: str, *, seconds: float = 0.0) -> None:
@@ -334,7 +353,7 @@ class Manager:
         )  # fmt: skip
 
     def _state(self, machine: Machine) -> str:
-        if not machine.pid:
+        if not machine.ready:
             return "starting"
         try:
             return self._host.running(machine).status()

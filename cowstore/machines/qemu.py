@@ -129,7 +129,7 @@ class Qemu:
 
     def find(self, directory: Path) -> Sequence[int]:
         """See Hypervisor."""
-        mark = f"path={directory / QMP},".encode()
+        mark = f"path={_quoted(directory)}/{QMP},".encode()
         return [pid for pid in _processes() if mark in _command_line_of(pid)]
 
 
@@ -275,7 +275,7 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
         control: The descriptor of a listening socket for the manager's monitor.
         state: The descriptor of the state to be loaded.
     """
-    one, at = launch.configuration, launch.directory
+    one, at = launch.configuration, _quoted(launch.directory)
     memory = f"size={one.memory}"
     if launch.template:
         memory = f"memory-backend-file,id=ram,{memory},mem-path={launch.template},share=off"
@@ -291,13 +291,14 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
         "-device", "pcie-root-port,id=port0,chassis=1,slot=1,addr=0x2",
         "-device", "pcie-root-port,id=port1,chassis=2,slot=2,addr=0x3",
         "-device", "virtio-serial-pci,id=serial0,addr=0x4",
-        "-chardev", f"socket,id=agent,path={at / AGENT},server=on,wait=off",
+        "-chardev", f"socket,id=agent,path={at}/{AGENT},server=on,wait=off",
         "-device", f"virtserialport,bus=serial0.0,chardev=agent,name={AGENT_PORT}",
-        "-chardev", f"socket,id=console,path={at / CONSOLE},server=on,wait=off,logfile={at / CONSOLE_LOG}",
+        "-chardev", f"socket,id=console,path={at}/{CONSOLE},server=on,wait=off,"
+        f"logfile={at}/{CONSOLE_LOG},logappend=on",
         "-serial", "chardev:console",
         "-chardev", f"socket,id=control,fd={control},server=on,wait=off",
         "-mon", "chardev=control,mode=control",
-        "-chardev", f"socket,id=qmp,path={at / QMP},server=on,wait=off",
+        "-chardev", f"socket,id=qmp,path={at}/{QMP},server=on,wait=off",
         "-mon", "chardev=qmp,mode=control",
     ]  # fmt: skip
     for number, name in enumerate(one.disks):
@@ -314,6 +315,11 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
     if state is not None:
         words += ["-S", "-incoming", f"fd:{state}", "-global", "migration.send-configuration=off"]
     return words
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value in one of QEMU's options: its commas doubled."""
+    return str(path).replace(",", ",,")
 
 
 def disk(number: int, name: str, server: Path) -> list[str]:

@@ -41,6 +41,7 @@ class Machine:
         identity: What it was made to be; None where it was left as its parent.
         generation: The GUID by which its guest is told of forks.
         nic: The network card that it has.
+        ready: Whether it was handed out; one that was not when its manager died is removed by the next.
         held: Whether it stands still, or its file systems do, for a checkpoint that is being taken.
         pid: Its process; 0 while it is being started.
         started: When that process began, by the kernel's count: pids are used again.
@@ -58,6 +59,7 @@ class Machine:
     identity: Identity | None = None
     generation: str = ""
     nic: Nic | None = None
+    ready: bool = False
     held: bool = False
     pid: int = 0
     started: int = 0
@@ -146,20 +148,29 @@ class Registry:
             self._machines[machine.name] = machine
         try:
             self.directory(machine).mkdir(mode=0o700)
-            return self.save(machine)
+            return self.change(machine)
         except BaseException:
             self.remove(machine)
             raise
 
-    def save(self, machine: Machine) -> Machine:
-        """Writes a machine's record."""
+    def change(self, machine: Machine, **fields: Any) -> Machine:
+        """Changes a machine's record, whoever else changes other fields of it at this time.
+
+        Raises:
+            NotFoundError: It is gone.
+            OSError: The record cannot be written, and stays as it was.
+        """
         path = self.directory(machine) / _RECORD
         aside = path.with_suffix(".tmp")
-        aside.write_text(machine.write())
-        aside.replace(path)
         with self._lock:
-            self._machines[machine.name] = machine
-        return machine
+            found = self._machines.get(machine.name)
+            if found is None or found.key != machine.key:
+                raise NotFoundError("machine", machine.name, hint="it has ended meanwhile")
+            changed = replace(found, **fields)
+            aside.write_text(changed.write())
+            aside.replace(path)
+            self._machines[machine.name] = changed
+        return changed
 
     def remove(self, machine: Machine) -> None:
         """Forgets a machine, and removes its directory; harmless when done twice."""
