@@ -128,16 +128,14 @@ def disk_names(machine: str, count: int) -> tuple[str, ...]:
 
 
 def fork(
-    host: Host, checkpoint: Checkpoint, names: Sequence[str], source: str, wish: Wish, begun: float,
-    progress: Progress,
-) -> list[Child]:  # fmt: skip
-    """Starts children of a checkpoint. Those that fail are gone; the others are there.
+    host: Host, parent: Parent, machines: Sequence[Machine], wish: Wish, begun: float, progress: Progress
+) -> list[Child]:
+    """Starts children that are on record. Those that fail are gone; the others are there.
 
     Args:
         host: Where.
-        checkpoint: Their parent's moment.
-        names: Theirs.
-        source: What they call their parent.
+        parent: What they are made of.
+        machines: Their records.
         wish: How they are to be.
         begun: When the call began, by the monotonic clock.
         progress: Told ("fork", children done, children in all).
@@ -145,9 +143,7 @@ def fork(
     Raises:
         StoreError: None of them can be made; nothing is left.
     """
-    parent = Parent.of(checkpoint)
-    parent.check(host, wish, len(names))
-    machines = _registered(host, parent, names, source, wish)
+    checkpoint = parent.checkpoint
     try:
         host.store.checkpoints.clone_disks(checkpoint.name, [one.configuration.disks for one in machines])
     except BaseException:
@@ -168,8 +164,12 @@ def fork(
     return done
 
 
-def _registered(host: Host, parent: Parent, names: Sequence[str], source: str, wish: Wish) -> list[Machine]:
-    """Puts all children on record, or none."""
+def register(host: Host, parent: Parent, names: Sequence[str], source: str, wish: Wish) -> list[Machine]:
+    """Puts children on record, all or none.
+
+    Raises:
+        ExistsError: A name is taken.
+    """
     machines: list[Machine] = []
     try:
         for name in names:

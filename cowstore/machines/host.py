@@ -49,6 +49,7 @@ class Host:
         self.templates = Templates(store.checkpoints, self._children_of)
         self._lock = threading.Lock()
         self._busy: dict[str, threading.RLock] = {}
+        self._attaching: dict[str, threading.Lock] = {}
         self._running: dict[str, Running] = {}
         self._agents: dict[str, Agent] = {}
         self._kept: list[str] = []
@@ -96,13 +97,16 @@ class Host:
             MachineError: It has ended.
         """
         with self._lock:
-            found = self._running.get(machine.key)
-        if found is not None:
+            attaching = self._attaching.setdefault(machine.key, threading.Lock())
+        with attaching:  # a monitor talks to one at a time, and a second one would wait for it in vain
+            with self._lock:
+                found = self._running.get(machine.key)
+            if found is None:
+                if not machine.is_alive:
+                    raise MachineError(f"machine {machine.name} has ended")
+                found = self.hypervisor.attach(machine.pid, self.registry.directory(machine))
+                self.adopt(machine, found)
             return found
-        if not machine.is_alive:
-            raise MachineError(f"machine {machine.name} has ended")
-        found = self.hypervisor.attach(machine.pid, self.registry.directory(machine))
-        return self.adopt(machine, found)
 
     def adopt(self, machine: Machine, running: Running) -> Running:
         """Keeps the connection to a machine's process."""
@@ -170,6 +174,7 @@ class Host:
             self.registry.remove(machine)
             with self._lock:
                 self._busy.pop(machine.key, None)
+                self._attaching.pop(machine.key, None)
         self.drop_unneeded()
 
     def delete_disks(self, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from . import checkpointing, forking, qemu
 from .agent import Outcome
 from .checkpointing import Moment
 from .configuration import Configuration
-from .forking import Child, Wish
+from .forking import Child, Parent, Wish
 from .host import Host, wait_ended
 from .hypervisor import Hypervisor, Launch, Nic
 from .identity import fresh_mac
@@ -85,6 +86,7 @@ class Manager:
 
     def __init__(self, store: Store, disks: Disks, directory: Path, hypervisor: Hypervisor | None = None) -> None:
         self._host = Host(store, disks, hypervisor or qemu.Qemu(), directory)
+        self._naming = threading.Lock()  # held while names are looked at and put on record
         self._keeper = Keeper(self._has_ended, self._cut_logs)
         self._recover()
 
@@ -147,16 +149,14 @@ class Manager:
         host = self._host
         configuration = host.hypervisor.settled(configuration)
         configuration.check()
-        for disk in configuration.disks:
-            if host.store.info(disk).kind != "clone":
-                raise InvalidError(f"{disk!r} is an image, which no machine can write", hint="clone it first")
-            self._check_unused(disk)
-        self._check_name(name)
         check_room(configuration.memory, f"machine {name}")
         nic = Nic(configuration.nic, 0, fresh_mac()) if configuration.nic else None
-        machine = host.registry.add(
-            Machine("", name, configuration, time.time(), nic=nic, generation=str(uuid.uuid4()))
-        )
+        with self._naming:
+            self._check_disks(configuration.disks)
+            self._check_name(name)
+            machine = host.registry.add(
+                Machine("", name, configuration, time.time(), nic=nic, generation=str(uuid.uuid4()))
+            )
         try:
             directory = host.registry.directory(machine)
             launch = Launch(name, configuration, directory, host.disks.place, machine.generation, nic)
@@ -168,10 +168,15 @@ class Manager:
         self._keeper.watch(running.pid, name)
         return self.info(name)
 
-    def _check_unused(self, disk: str) -> None:
+    def _check_disks(self, disks: Sequence[str]) -> None:
+        """Whether a machine can have these clones: they are clones, and no other machine's."""
+        for disk in disks:
+            if self._host.store.info(disk).kind != "clone":
+                raise InvalidError(f"{disk!r} is an image, which no machine can write", hint="clone it first")
         for machine in self._host.registry.all():
-            if disk in machine.configuration.disks:
-                raise ExistsError("machine", machine.name, hint=f"it has the disk {disk}: take another clone")
+            if shared := set(disks) & set(machine.configuration.disks):
+                hint = f"take another clone than {', '.join(sorted(shared))}, which it has"
+                raise ExistsError("machine", machine.name, hint=hint)
 
     def _check_name(self, name: str) -> None:
         """A name is a machine's or a checkpoint's, so that `fork` knows what is meant."""
@@ -207,8 +212,11 @@ class Manager:
             checkpoint = (
                 self._taken(source, name, progress) if of_machine else self._host.store.checkpoints.info(name)
             )
-            names = self._free_names(prefix, count)
-            children = forking.fork(self._host, checkpoint, names, source, wish, begun, progress)
+            parent = Parent.of(checkpoint)
+            parent.check(self._host, wish, count)
+            with self._naming:
+                machines = forking.register(self._host, parent, self._free_names(prefix, count), source, wish)
+            children = forking.fork(self._host, parent, machines, wish, begun, progress)
         for child in children:
             self._watch(child)
         return children
