@@ -20,6 +20,7 @@ from .files import boot_id
 from .layout import CLONE, DELETED, EPHEMERAL, HIDDEN, IMAGE, DeviceRecord, LeaseRecord, Root, number_key
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
+_NUMBER = re.compile(r"#[0-9]{1,18}\Z")
 KINDS: dict[int, Literal["image", "clone"]] = {IMAGE: "image", CLONE: "clone"}
 _Record = TypeVar("_Record")
 
@@ -106,19 +107,24 @@ def living(snapshot: Snapshot, number: int, name: str = "") -> DeviceRecord:
 
 
 def find(snapshot: Snapshot, name: str, kind: int = 0) -> DeviceRecord:
-    """The device of that name.
+    """The device of that name, or of that number where the name is one behind a ``#``: whatever it is called now.
 
     Raises:
         NotFoundError: There is none, or it is of the other kind.
         InvalidError: The name cannot be one.
     """
     wanted = KINDS.get(kind, "device")
-    key = snapshot.get(NAMES, check_name(name).encode())
-    if key is None:
-        raise NotFoundError(wanted, name, hint="`cowstore ls` shows all names")
-    record = by_number(snapshot, layout.key_number(key))
-    if record is None:
-        raise CatalogCorruptError("catalog", f"the name {name!r} leads nowhere")
+    if _NUMBER.match(name):
+        record = by_number(snapshot, int(name[1:]))
+        if record is None or not record.visible:
+            raise NotFoundError(wanted, name, hint="it was deleted")
+    else:
+        key = snapshot.get(NAMES, check_name(name).encode())
+        if key is None:
+            raise NotFoundError(wanted, name, hint="`cowstore ls` shows all names")
+        record = by_number(snapshot, layout.key_number(key))
+        if record is None:
+            raise CatalogCorruptError("catalog", f"the name {name!r} leads nowhere")
     if is_gone(record):
         raise NotFoundError(wanted, name, hint="it was ephemeral and went with the last boot")
     if kind and record.kind != kind:

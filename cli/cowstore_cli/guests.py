@@ -33,7 +33,7 @@ _PIECE = 1 << 16
 @common_options
 @pass_session
 def console(session: Session, name: str, log: bool, as_json: bool) -> None:
-    """Talk to the console of machine NAME. Ctrl-] leaves it; a second one finds it busy."""
+    """Talk to the console of machine NAME; Ctrl-] leaves it. One at a time: a second one waits for the first."""
     one = runtime.connect(session.path).ask("show", name=name)
     said = Path(one["console_log"]).read_text(errors="replace")
     if as_json:

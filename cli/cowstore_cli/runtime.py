@@ -95,10 +95,10 @@ def _connected(store: str) -> Client:
     server = _start_server(path, place)
     deadline = time.monotonic() + _START_SECONDS
     while not _answers(asking):
-        if server.poll() is not None and not _answers(asking):
+        if server.poll() is not None and not _answers(asking) and not _is_another_starting(place):
             raise _not_started(place)
         if time.monotonic() > deadline:
-            raise cowstore.MachineError(f"the server of {store} does not answer", hint=f"see {place / LOG}")
+            raise _not_started(place)
         time.sleep(0.02)
     return asking
 
@@ -121,10 +121,18 @@ def _start_server(store: Path, place: Path) -> subprocess.Popen[Any]:
         )  # fmt: skip
 
 
-def _not_started(place: Path) -> cowstore.MachineError:
+def _is_another_starting(place: Path) -> bool:
+    """Whether ours ended because another command's came first, which is about to answer."""
+    return "is in use by process" in _last_line(place)
+
+
+def _last_line(place: Path) -> str:
     lines = (place / LOG).read_text(errors="replace").strip().splitlines()
-    said = lines[-1].removeprefix("cowstore: ") if lines else "it says nothing"
+    return lines[-1].removeprefix("cowstore: ") if lines else "it says nothing"
+
+
+def _not_started(place: Path) -> cowstore.MachineError:
     return cowstore.MachineError(
-        f"no server for machines could be started: {said}",
+        f"no server for machines could be started: {_last_line(place)}",
         hint="a server that is running has machines if it was started without names and at a Unix socket",
     )

@@ -12,7 +12,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,6 +32,8 @@ _log = logging.getLogger("cowstore.machines")
 _PEER = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 _REQUEST_BYTES = 1 << 20
 _BACKLOG = 64
+_PATIENCE = 10.0  # seconds
+_END_SECONDS = 60.0
 
 
 class Verbs:
@@ -137,7 +141,7 @@ class Server:
         self._sock.bind(str(path))
         path.chmod(0o600)
         self._sock.listen(_BACKLOG)
-        self._busy: set[threading.Thread] = set()
+        self._busy: dict[threading.Thread, socket.socket] = {}
         self._lock = threading.Lock()
         self._acceptor = threading.Thread(target=self._accept, name="cowstore-control", daemon=True)
         self._acceptor.start()
@@ -160,10 +164,11 @@ class Server:
                 continue
             thread = threading.Thread(target=self._attend, args=(sock,), name="cowstore-request", daemon=True)
             with self._lock:
-                self._busy.add(thread)
+                self._busy[thread] = sock
             thread.start()
 
     def _attend(self, sock: socket.socket) -> None:
+        sock.settimeout(_PATIENCE)  # with who says nothing, and with who does not listen
         try:
             with sock, sock.makefile("rwb") as file:
                 self._answer(cast("BinaryIO", file))
@@ -171,14 +176,18 @@ class Server:
             _log.info("a command has gone: %s", error)
         finally:
             with self._lock:
-                self._busy.discard(threading.current_thread())
+                self._busy.pop(threading.current_thread(), None)
 
     def _answer(self, file: BinaryIO) -> None:
+        watched = True
+
         def tell(step: str, done: int, total: int) -> None:
+            nonlocal watched
             try:
-                send(file, {"step": [step, done, total]})
+                if watched:
+                    send(file, {"step": [step, done, total]})
             except OSError:
-                pass  # nobody watches any more; what was asked for is done all the same
+                watched = False  # nobody looks any more; what was asked for is done all the same
 
         try:
             verb, arguments = request(file.readline(_REQUEST_BYTES))
@@ -196,15 +205,20 @@ class Server:
         return self._verbs().call(verb, arguments, progress)
 
     def close(self) -> None:
-        """Takes no more requests; those under way are done to their end."""
+        """Takes no more requests; those under way are done to their end, if it comes soon."""
         self._path.unlink(missing_ok=True)
         self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self._acceptor.join()
         with self._lock:
-            busy = list(self._busy)
-        for thread in busy:
-            thread.join()
+            busy = dict(self._busy)
+        deadline = time.monotonic() + _END_SECONDS
+        for thread, sock in busy.items():
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)  # who has not asked yet does not
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                _log.error("a request is still under way and is given up")
 
 
 def plain(value: Any) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
 from cowstore.errors import GuestError, MachineError, StoreError
 
 from .agent import Agent
+from .configuration import processor
 from .host import Host
 from .hypervisor import Running
 from .pages import PAGE_SIZE, Capture, own_pages
@@ -41,24 +41,64 @@ class Moment:
     frozen: bool
 
 
-@dataclass
-class _Stillness:
-    """A machine that stands still.
+class Stillness:
+    """A running machine that is made to stand still for a while, its file systems frozen where it has an agent.
+
+    The record says so first: whoever finds it after a death in between has the machine go on.
+
+    Args:
+        host: Where.
+        machine: The machine.
+        running: Its process.
 
     Attributes:
-        frozen: Whether its file systems are frozen.
-        agent: Whether its guest has an agent.
-        seconds: For how long it did, in the end.
+        version: What the process is, for example ``QEMU 7.2``: the program on the disk may be a newer one by now.
+        agent: Whether the guest has an agent.
+        frozen: Whether its file systems are frozen, or were.
+        seconds: For how long it stood still; so far, where it still does.
     """
 
-    frozen: bool = False
-    agent: bool = False
-    seconds: float = field(default=0.0)
+    def __init__(self, host: Host, machine: Machine, running: Running) -> None:
+        self.version = running.version()
+        self.agent = running.has_agent()
+        self.frozen = False
+        self._host = host
+        self._machine = machine
+        self._running = running
+        self._begun = 0.0
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """See Stillness."""
+        return self._seconds or time.monotonic() - self._begun
+
+    def begin(self, *, freezing: bool) -> None:
+        """Freezes the file systems, where that is wanted and can be, and stops the machine."""
+        self._host.registry.change(self._machine, held=True)
+        self._begun = time.monotonic()
+        self.frozen = freezing and self.agent and freeze(self._host, self._machine)
+        self._begun = time.monotonic()
+        self._running.stop()
+
+    def end(self) -> None:
+        """Has the machine go on; harmless when it never stood still, or does no more."""
+        if not self._begun or self._seconds:
+            return
+        self._seconds = time.monotonic() - self._begun
+        try:
+            self._running.resume()
+            self._seconds = time.monotonic() - self._begun
+        finally:
+            if self.frozen:
+                thaw(self._host, self._machine)
+            self._host.registry.change(self._machine, held=False)
 
 
 def take(
-    host: Host, machine: Machine, name: str, *, automatic: bool, freezing: bool, progress: Progress
-) -> Moment:
+    host: Host, machine: Machine, name: str, *, automatic: bool = False, freezing: bool = True,
+    last: bool = False, progress: Progress,
+) -> Moment:  # fmt: skip
     """Takes a checkpoint of a machine, which nobody else is at work on. What fails leaves it running.
 
     Args:
@@ -67,6 +107,7 @@ def take(
         name: The checkpoint's name.
         automatic: Whether it goes when no machine needs it.
         freezing: Whether file systems are frozen first, where the guest has an agent.
+        last: Whether the machine is to stand still for good, when all went well.
         progress: Told ("memory", bytes done, bytes in all).
 
     Raises:
@@ -79,22 +120,27 @@ def take(
         raise MachineError(f"machine {machine.name} is {status}, and not running")
     address, size = host.address(machine), machine.configuration.memory
     capture = Capture(NAME, machine.pid, address, size)
-    pending = None
+    still, pending = Stillness(host, machine, running), None
     try:
         check_room(len(own_pages(machine.pid, address, size)) * PAGE_SIZE, f"a checkpoint of {machine.name}")
         capture.prepare()
-        with _standing_still(host, machine, running, freezing=freezing) as still:
-            for disk in machine.configuration.disks:
-                host.disks.flush(disk)
-            pending = host.store.checkpoints.begin(machine.configuration.disks)
-            state = running.save_state()
-            capture.take()
+        still.begin(freezing=freezing)
+        for disk in machine.exports:
+            host.disks.flush(disk)
+        pending = host.store.checkpoints.begin(machine.exports)
+        state = running.save_state()
+        capture.take()
+        if not last:
+            still.end()
         _take_in(pending, capture, state, machine.moment, progress)
-        checkpoint = pending.publish(name, facts(host, machine, still), automatic=automatic)
+        checkpoint = pending.publish(name, facts(machine, still), automatic=automatic)
         moment = Moment(checkpoint, still.seconds, len(capture.pages), still.frozen)
         if not machine.moment:  # all of its memory is its own, so what was captured is all there is
             host.templates.put(checkpoint.number, Template.seal(capture.detach(), size))
         return moment
+    except BaseException:
+        still.end()
+        raise
     finally:
         if pending is not None:
             pending.close()
@@ -113,41 +159,19 @@ def _take_in(pending: Pending, capture: Capture, state: bytes, since: int, progr
         one.result()
 
 
-def facts(host: Host, machine: Machine, still: _Stillness) -> dict[str, object]:
+def facts(machine: Machine, still: Stillness) -> dict[str, object]:
     """What has to be known of a machine to load its state into another one."""
-    nic = machine.nic
+    nic, configuration = machine.nic, machine.configuration
     return {
-        "hypervisor": host.hypervisor.version(),
-        "machine": machine.configuration.facts(),
+        "hypervisor": still.version,
+        "processor": processor() if configuration.cpu == "host" else "",
+        "machine": configuration.facts(),
         "generation": machine.generation,
         "nic": None if nic is None else {"model": nic.model, "port": nic.port, "mac": nic.mac},
         "frozen": still.frozen,
         "agent": still.agent,
         "from": machine.name,
     }
-
-
-@contextmanager
-def _standing_still(host: Host, machine: Machine, running: Running, *, freezing: bool) -> Iterator[_Stillness]:
-    """Freezes the guest's file systems where it has an agent, and stops the machine; undoes both in any case.
-
-    The record says so first: whoever finds it after a death in between has the machine go on.
-    """
-    still = _Stillness(agent=running.has_agent())
-    host.registry.change(machine, held=True)
-    try:
-        still.frozen = freezing and still.agent and freeze(host, machine)
-        begun = time.monotonic()
-        try:
-            running.stop()
-            yield still
-        finally:
-            running.resume()
-            still.seconds = time.monotonic() - begun
-    finally:
-        if still.frozen:
-            thaw(host, machine)
-        host.registry.change(machine, held=False)
 
 
 def freeze(host: Host, machine: Machine) -> bool:
@@ -179,7 +203,7 @@ def thaw_by(agent: Agent) -> None:
 
 def let_go(host: Host, machine: Machine) -> None:
     """Has a machine go on that was left standing still by a process that died."""
-    with suppress(StoreError):
+    with suppress(StoreError, OSError):
         running = host.running(machine)
         if running.status() == "paused":
             running.resume()

@@ -27,6 +27,7 @@ DEVICES = frozenset(
 
 OPTIONS = frozenset(("-device", "-object", "-rtc", "-boot", "-smbios", "-uuid"))
 OBJECTS = frozenset(("rng-builtin", "rng-random"))
+_NOT_OURS = frozenset(("driver", "qom-type", "bus", "addr"))
 _GIVES_BACK = re.compile(r"balloon|virtio-mem|virtio-pmem")
 
 
@@ -108,6 +109,12 @@ class Configuration:
                 raise NotFoundError("file", path)
 
 
+def processor() -> str:
+    """The model of this host's processors, for machines that have its own."""
+    with open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+
+
 def check_extra(words: Sequence[str]) -> None:
     """Refuses options that are not known to be harmless.
 
@@ -117,7 +124,9 @@ def check_extra(words: Sequence[str]) -> None:
     if len(words) % 2:
         raise InvalidError("further options come as pairs: -device virtio-rng-pci")
     for option, value in zip(words[::2], words[1::2], strict=True):
-        kind = value.partition(",")[0]
+        kind, *properties = value.split(",")
+        if option in ("-device", "-object"):
+            _check_properties(value, properties)
         if _GIVES_BACK.search(value):
             raise InvalidError(
                 f"{value!r} gives memory back while the machine runs, and all children share it",
@@ -127,3 +136,14 @@ def check_extra(words: Sequence[str]) -> None:
         if option not in OPTIONS or (allowed is not None and kind not in allowed):
             known = sorted(allowed) if allowed and option in OPTIONS else sorted(OPTIONS)
             raise InvalidError(f"{option} {value} is not allowed here", hint=f"allowed are {', '.join(known)}")
+
+
+def _check_properties(value: str, properties: Sequence[str]) -> None:
+    """Refuses properties that make another device of it, or move it to where one of ours is."""
+    for one in properties:
+        key, equals, _ = one.partition("=")
+        if not equals or key in _NOT_OURS:
+            raise InvalidError(
+                f"{one!r} in {value!r} is not allowed here",
+                hint="key=value, without driver, qom-type, bus and addr",
+            )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cowstore.errors import GuestError, InvalidError, MachineError, NotFoundError, StoreError
 
 from . import identity as identities
 from .checkpointing import thaw_by
-from .configuration import Configuration
+from .configuration import Configuration, processor
 from .host import Host
 from .hypervisor import Launch, Nic, Running
 from .identity import Identity
@@ -109,6 +110,11 @@ class Parent:
                 f"checkpoint {self.checkpoint.name} has {self.checkpoint.memory_size} bytes of memory, "
                 f"and its machine {self.configuration.memory}"
             )
+        if (taken_on := self.checkpoint.configuration["processor"]) and taken_on != processor():
+            raise MachineError(
+                f"checkpoint {self.checkpoint.name} was taken on {taken_on}, and its machines have that processor",
+                hint="fork it on such a host, or give a new parent a model of its own: --cpu",
+            )
         if host.hypervisor.settled(self.configuration) != self.configuration:
             raise MachineError(
                 f"machine type {self.configuration.machine} of checkpoint {self.checkpoint.name} is none here",
@@ -144,14 +150,9 @@ def fork(
         StoreError: None of them can be made; nothing is left.
     """
     checkpoint = parent.checkpoint
-    try:
-        host.store.checkpoints.clone_disks(checkpoint.name, [one.configuration.disks for one in machines])
-    except BaseException:
-        for machine in machines:
-            host.registry.remove(machine)
-        raise
     done: list[Child] = []
     try:
+        give_disks(host, checkpoint, machines)
         state = host.store.checkpoints.state(checkpoint.name)
         with host.templates.held(checkpoint) as template:
             birth = Birth(host, parent, wish, template.path, state, begun)
@@ -160,8 +161,23 @@ def fork(
                 progress("fork", len(done), len(machines))
     finally:
         for machine in machines[len(done) :]:
-            host.retire(machine)
+            _retire(host, machine)
     return done
+
+
+def give_disks(host: Host, checkpoint: Checkpoint, machines: Sequence[Machine]) -> None:
+    """Makes the clones of children that are on record, for all of them or none."""
+    clones = host.store.checkpoints.clone_disks(checkpoint.name, [one.configuration.disks for one in machines])
+    for position, machine in enumerate(machines):
+        host.registry.change(machine, disks=tuple(clone.number for clone in clones[position :: len(machines)]))
+
+
+def _retire(host: Host, machine: Machine) -> None:
+    """Removes a child that came to nothing, unless somebody else has, and another one has its name."""
+    with suppress(NotFoundError):
+        found = host.registry.get(machine.name)
+        if found.key == machine.key:
+            host.retire(found)
 
 
 def register(host: Host, parent: Parent, names: Sequence[str], source: str, wish: Wish) -> list[Machine]:
@@ -185,7 +201,7 @@ def _child(parent: Parent, name: str, source: str, wish: Wish) -> Machine:
     disks = disk_names(name, len(parent.configuration.disks))
     identity = Identity.make(name, nic=parent.nic is not None) if wish.identity else None
     return Machine(
-        "", name, parent.configuration.with_disks(disks), time.time(), source, parent.checkpoint.name,
+        "", name, parent.configuration.with_disks(disks), time.time(), (), source, parent.checkpoint.name,
         parent.checkpoint.number, disposable=True, identity=identity, nic=parent.nic,
         generation=identity.generation if identity else parent.generation,
     )  # fmt: skip
@@ -233,11 +249,11 @@ class Birth:
     def _load(self, machine: Machine) -> Exception | None:
         """Starts a child's process and loads its state; what went wrong."""
         try:
-            with self.host.alone(machine.name):
+            with self.host.alone(machine.name, machine.key) as machine:
                 running = self._started(machine)
                 self.host.agent(machine)  # it is to find somebody there when it wakes up
                 self._give_nic(self.host.registry.get(machine.name), running)
-        except (StoreError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever one child's guest brings about, the others go on
             return error
         return None
 
@@ -255,7 +271,7 @@ class Birth:
         """Makes a child ready to be handed out, which runs from now on at the latest."""
         name = machine.name
         try:
-            with self.host.alone(name) as loaded:
+            with self.host.alone(name, machine.key) as loaded:
                 if name not in self.ran:
                     fault = self._resume(loaded, fault)
                 if fault is not None:
@@ -263,9 +279,9 @@ class Birth:
                 self._make_ready(loaded, self.host.running(loaded))
                 self.host.registry.change(loaded, ready=True)
                 return Child(name, self.ran[name], time.monotonic() - self.begun)
-        except (StoreError, OSError) as error:
-            with suppress(NotFoundError):  # somebody has stopped it meanwhile
-                self.host.retire(self.host.registry.get(name))
+        except Exception as error:  # noqa: BLE001 - as above
+            with suppress(StoreError, OSError):  # what cannot be removed now stays on record, and is removed later
+                _retire(self.host, machine)
             hint = f" ({error.hint})" if isinstance(error, StoreError) and error.hint else ""
             return Child(name, self.ran.get(name, 0.0), 0.0, f"{error}{hint}")
 
@@ -273,8 +289,8 @@ class Birth:
         """The child's process, with its state loaded, standing still."""
         directory = self.host.registry.directory(machine)
         launch = Launch(
-            machine.name, machine.configuration, directory, self.host.disks.place, machine.generation, machine.nic,
-            self.template, self.state,
+            machine.name, machine.configuration, directory, self.host.disks.place, machine.exports,
+            machine.generation, machine.nic, self.template, self.state,
         )  # fmt: skip
         running = self.host.hypervisor.start(launch)
         self.host.started(machine, running)
@@ -325,9 +341,17 @@ def origin(host: Host, machine: Machine, wish: Wish) -> Parent:
 def revive(host: Host, machine: Machine, parent: Parent, wish: Wish) -> Child:
     """Starts a child anew whose process has ended, with the identity that it has."""
     begun, checkpoint = time.monotonic(), parent.checkpoint
-    host.delete_disks(machine.configuration.disks)
-    host.store.checkpoints.clone_disks(checkpoint.name, [machine.configuration.disks])
-    machine = host.registry.change(machine, pid=0, started=0, address=0, nic=parent.nic, ready=False)
+    host.delete_disks(machine)
+    identity, generation = machine.identity, parent.generation
+    if identity is not None:  # a guest that wakes up from the same moment again has to be told so
+        generation = str(uuid.uuid4())
+        identity = replace(identity, generation=generation)
+    machine = host.registry.change(
+        machine, pid=0, started=0, address=0, disks=(), nic=parent.nic, ready=False, identity=identity,
+        generation=generation,
+    )  # fmt: skip
+    give_disks(host, checkpoint, [machine])
+    machine = host.registry.get(machine.name)
     state = host.store.checkpoints.state(checkpoint.name)
     with host.templates.held(checkpoint) as template:
         (child,) = Birth(host, parent, wish, template.path, state, begun).of([machine])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import qemu
 from .agent import Agent
 from .hypervisor import Hypervisor, Running
 from .registry import Machine, Registry, process_start
-from .stores import Disks, Store
+from .stores import Checkpoint, Disks, Store
 from .templates import Templates
 
 _log = logging.getLogger("cowstore.machines")
@@ -66,22 +67,21 @@ class Host:
                 self._kept.remove(checkpoint)
             self.drop_unneeded()
 
-    def needs(self, checkpoint: str) -> bool:
-        """Whether a fork of that checkpoint is under way."""
-        with self._lock:
-            return checkpoint in self._kept
-
     def _children_of(self, number: int) -> list[int]:
         return [one.pid for one in self.registry.all() if one.moment == number and one.is_alive]
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[Machine]:
+    def alone(self, name: str, key: str = "") -> Iterator[Machine]:
         """A machine by name, with nobody else at work on it.
+
+        Args:
+            name: Its name.
+            key: Its key, where it has to be one that is known already.
 
         Raises:
             NotFoundError: There is none.
         """
-        key = self.registry.get(name).key
+        key = key or self.registry.get(name).key
         with self._lock:
             busy = self._busy.setdefault(key, threading.RLock())
         with busy:
@@ -101,6 +101,9 @@ class Host:
         with attaching:  # a monitor talks to one at a time, and a second one would wait for it in vain
             with self._lock:
                 found = self._running.get(machine.key)
+            if found is not None and found.lost:
+                found.close()
+                found = None
             if found is None:
                 if not machine.is_alive:
                     raise MachineError(f"machine {machine.name} has ended")
@@ -139,14 +142,17 @@ class Host:
         """
         with self._lock:
             agent = self._agents.get(machine.key)
-        if agent is None:
-            agent = Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
-            with self._lock:
+            if agent is None:
+                agent = Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
                 self._agents[machine.key] = agent
         return agent
 
     def end(self, machine: Machine, *, gently: bool = False) -> None:
         """Ends a machine's process, at once or after what it holds for its disks was sent; waits for that."""
+        with self._lock:
+            agent = self._agents.pop(machine.key, None)
+        if agent is not None:
+            agent.close()  # whoever still waits for the guest need not
         if machine.is_alive:
             if gently:
                 with suppress(MachineError):  # one that does not answer is not asked twice
@@ -158,29 +164,29 @@ class Host:
         if machine.pid:
             qemu.reap(machine.pid)
         with self._lock:
-            running, agent = self._running.pop(machine.key, None), self._agents.pop(machine.key, None)
-        if agent is not None:
-            agent.close()
+            running = self._running.pop(machine.key, None)
         if running is not None:
             running.close()
 
     def retire(self, machine: Machine) -> None:
-        """Removes what a machine that has ended leaves: its record, and its disks where they go with it."""
+        """Removes what a machine that has ended leaves: its record, and its disks where they go with it.
+
+        Raises:
+            StoreError: Its disks cannot be deleted now; it stays on record until they can be.
+        """
         self.end(machine)
-        try:
-            if machine.disposable:
-                self.delete_disks(machine.configuration.disks)
-        finally:
-            self.registry.remove(machine)
-            with self._lock:
-                self._busy.pop(machine.key, None)
-                self._attaching.pop(machine.key, None)
+        if machine.disposable:
+            self.delete_disks(machine)
+        self.registry.remove(machine)
+        with self._lock:
+            self._busy.pop(machine.key, None)
+            self._attaching.pop(machine.key, None)
         self.drop_unneeded()
 
-    def delete_disks(self, names: Sequence[str]) -> None:
-        """Deletes clones as soon as the server has let go of them; those that are gone already do not matter."""
+    def delete_disks(self, machine: Machine) -> None:
+        """Deletes a child's clones, as soon as the server has let go of them."""
         deadline = time.monotonic() + _RELEASE_SECONDS
-        for name in names:
+        for name in machine.exports or self._unrecorded(machine):
             while True:
                 try:
                     self.store.delete(name)
@@ -192,21 +198,50 @@ class Host:
                         raise
                     time.sleep(0.005)
 
+    def _unrecorded(self, machine: Machine) -> list[str]:
+        """The clones of a child whose manager died before their numbers were on record.
+
+        A device that has the name of one and is not made of the checkpoint is somebody else's.
+        """
+        try:
+            images = self.store.checkpoints.info(machine.checkpoint).images
+        except NotFoundError:
+            return []
+        found = []
+        for name in machine.configuration.disks:
+            with suppress(NotFoundError):
+                device = self.store.info(name)
+                if device.ephemeral and device.parent_number in images:
+                    found.append(f"#{device.number}")
+        return found
+
     def drop_unneeded(self) -> None:
         """Deletes the checkpoints that forks have made and no machine needs any more."""
-        with self._lock:
-            kept = set(self._kept)
-        needed = kept | {machine.checkpoint for machine in self.registry.all()}
         for checkpoint in self.store.checkpoints.all():
-            if checkpoint.automatic and checkpoint.name not in needed:
+            if checkpoint.automatic:
                 try:
-                    self.store.checkpoints.delete(checkpoint.name)
-                except NotFoundError:
-                    continue
+                    self.delete_checkpoint(checkpoint)
+                except InUseError:
+                    continue  # it is needed
                 except StoreError as error:
                     _log.error("checkpoint %s cannot be deleted now: %s", checkpoint.name, error)
-                    continue
-                self.templates.forget(checkpoint.number)
+
+    def delete_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Deletes a checkpoint; nobody begins to fork it meanwhile.
+
+        Raises:
+            InUseError: It is being forked, or its children run.
+        """
+        name, what = checkpoint.name, f"checkpoint {checkpoint.name!r}"
+        with self._lock:
+            if name in self._kept:
+                raise InUseError(what, os.getpid(), hint="it is being forked: wait until that is done")
+            children = [one.name for one in self.registry.all() if one.checkpoint == name]
+            if children:
+                raise InUseError(what, os.getpid(), hint=f"stop its children first: {', '.join(children[:5])}")
+            with suppress(NotFoundError):
+                self.store.checkpoints.delete(name)
+        self.templates.forget(checkpoint.number)
 
     def close(self) -> None:
         """Lets go of everything; machines go on."""
@@ -215,6 +250,7 @@ class Host:
             self._agents, self._running = {}, {}
         for one in left:
             one.close()
+        self.registry.close()
         self.templates.close()
 
 

@@ -33,7 +33,8 @@ class Launch:
         name: The machine's name, for people.
         configuration: What it is like.
         directory: Where its sockets and logs go; the path is short enough for sockets.
-        socket: Where its disks are served over NBD; they go by the names in the configuration.
+        socket: Where its disks are served over NBD.
+        exports: What they go by there, in the configuration's order.
         generation: The GUID that tells a guest that it was forked.
         nic: The network card that it has from the start.
         template: The path of its memory; empty where it starts with none.
@@ -44,6 +45,7 @@ class Launch:
     configuration: Configuration
     directory: Path
     socket: Path
+    exports: tuple[str, ...]
     generation: str
     nic: Nic | None = None
     template: str = ""
@@ -58,6 +60,15 @@ class Running(Protocol):
     """
 
     pid: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether it did not answer when it should have: attach to it again."""
+        ...
+
+    def version(self) -> str:
+        """What the process is; see Hypervisor.version()."""
+        ...
 
     def status(self) -> str:
         """``running``, ``paused``, or what else the hypervisor calls it."""

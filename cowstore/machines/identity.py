@@ -145,7 +145,7 @@ def set_clock(agent: Agent, machine: str) -> None:
         agent.ask("set-time", time=time.time_ns())
     except GuestError as error:
         refused = f": {error}"
-    off = agent.ask("get-time") / 1e9 - time.time()
+    off = agent.number("get-time") / 1e9 - time.time()
     if abs(off) > _CLOCK_SECONDS:
         raise GuestError(machine, "clock", f"it is {off:.1f} s off after it was set{refused}")
 

@@ -7,7 +7,9 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 
 _log = logging.getLogger("cowstore.machines")
 _LOOK_SECONDS = 5.0
@@ -43,12 +45,10 @@ class Keeper:
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake, selectors.EVENT_READ)
+            due = time.monotonic() + _LOOK_SECONDS
             while True:
                 gone = []
-                ready = selector.select(_LOOK_SECONDS)
-                if not ready:
-                    self._look_around()
-                for key, _ in ready:
+                for key, _ in selector.select(_LOOK_SECONDS):
                     if key.fileobj is self._wake:
                         if not self._wake.recv(64):
                             return
@@ -58,7 +58,10 @@ class Keeper:
                         _reap(key.fd)
                         gone.append(key.data)
                 for what in gone:
-                    self._tell(what)
+                    self._tell(partial(self._ended, what))
+                if time.monotonic() >= due:
+                    self._tell(self._look_around)
+                    due = time.monotonic() + _LOOK_SECONDS
 
     def _take(self, selector: selectors.BaseSelector) -> list[str]:
         """Begins to watch those that were added; returns those that are gone."""
@@ -69,11 +72,11 @@ class Keeper:
                 selector.register(fd, selectors.EVENT_READ, what)
         return [what for fd, what in new if fd < 0]
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, what: Callable[[], None]) -> None:
         try:
-            self._ended(what)
+            what()
         except Exception:  # noqa: BLE001 - the last door of a thread: other machines are still watched
-            _log.exception("what machine %s leaves could not be removed", what)
+            _log.exception("what a machine leaves could not be removed")
 
     def close(self) -> None:
         """Watches no more."""

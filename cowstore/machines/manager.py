@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cowstore.errors import ExistsError, InvalidError, MachineError, NotFoundError, StoreError
+from cowstore.errors import ExistsError, InUseError, InvalidError, MachineError, NotFoundError, StoreError
 
 from . import checkpointing, forking, qemu
 from .agent import Outcome
@@ -32,7 +32,7 @@ from .template import check_room
 
 _log = logging.getLogger("cowstore.machines")
 _EXEC_SECONDS = 60.0
-_LOG_BYTES = 8 << 20  # of a console; as many are kept in a second file
+_LOG_BYTES = 1 << 20  # of a console; as many are kept in a second file, both in memory where the directory is
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Manager:
     def __init__(self, store: Store, disks: Disks, directory: Path, hypervisor: Hypervisor | None = None) -> None:
         self._host = Host(store, disks, hypervisor or qemu.Qemu(), directory)
         self._naming = threading.Lock()  # held while names are looked at and put on record
-        self._keeper = Keeper(self._has_ended, self._cut_logs)
+        self._keeper = Keeper(self._has_ended, self._look_around)
         self._recover()
 
     # What an earlier manager has left.
@@ -97,6 +97,7 @@ class Manager:
         for found in list(registry.load()):
             if isinstance(found, Path):
                 self._sweep(found)
+                shutil.rmtree(found, ignore_errors=True)
             elif found.is_alive and found.ready:
                 if found.held:
                     checkpointing.let_go(self._host, found)
@@ -122,18 +123,26 @@ class Manager:
         try:
             with self._host.alone(name) as machine:
                 if machine.pid and not machine.is_alive:
-                    self._host.retire(machine)
+                    self._retire(machine)
         except NotFoundError:
             pass  # it was stopped, and everything is gone already
+
+    def _look_around(self) -> None:
+        """Now and then: removes what could not be removed before, and cuts logs."""
+        for machine in self._host.registry.all():
+            if machine.ready and not machine.is_alive:
+                self._has_ended(machine.name)
+        self._cut_logs()
 
     def _cut_logs(self) -> None:
         """Sets the console logs aside that have become too long: what a guest says must not fill the host."""
         for machine in self._host.registry.all():
-            log = self._host.registry.directory(machine) / qemu.CONSOLE_LOG
-            with suppress(OSError):  # it may have just ended
-                if log.stat().st_size > _LOG_BYTES:
-                    shutil.copyfile(log, log.with_suffix(".old"))
-                    os.truncate(log, 0)
+            for name in (qemu.CONSOLE_LOG, qemu.LOG):
+                log = self._host.registry.directory(machine) / name
+                with suppress(OSError):  # it may have just ended
+                    if log.stat().st_size > _LOG_BYTES:
+                        shutil.copyfile(log, log.with_suffix(".old"))
+                        os.truncate(log, 0)
 
     # Machines.
 
@@ -152,14 +161,16 @@ class Manager:
         check_room(configuration.memory, f"machine {name}")
         nic = Nic(configuration.nic, 0, fresh_mac()) if configuration.nic else None
         with self._naming:
-            self._check_disks(configuration.disks)
+            numbers = self._check_disks(configuration.disks)
             self._check_name(name)
             machine = host.registry.add(
-                Machine("", name, configuration, time.time(), nic=nic, generation=str(uuid.uuid4()))
+                Machine("", name, configuration, time.time(), numbers, nic=nic, generation=str(uuid.uuid4()))
             )
         try:
             directory = host.registry.directory(machine)
-            launch = Launch(name, configuration, directory, host.disks.place, machine.generation, nic)
+            launch = Launch(
+                name, configuration, directory, host.disks.place, machine.exports, machine.generation, nic
+            )
             running = host.hypervisor.start(launch)
             host.started(machine, running, ready=True)
         except BaseException:
@@ -168,15 +179,18 @@ class Manager:
         self._keeper.watch(running.pid, name)
         return self.info(name)
 
-    def _check_disks(self, disks: Sequence[str]) -> None:
-        """Whether a machine can have these clones: they are clones, and no other machine's."""
-        for disk in disks:
-            if self._host.store.info(disk).kind != "clone":
-                raise InvalidError(f"{disk!r} is an image, which no machine can write", hint="clone it first")
-        for machine in self._host.registry.all():
-            if shared := set(disks) & set(machine.configuration.disks):
-                hint = f"take another clone than {', '.join(sorted(shared))}, which it has"
-                raise ExistsError("machine", machine.name, hint=hint)
+    def _check_disks(self, disks: Sequence[str]) -> tuple[int, ...]:
+        """The numbers of clones that a machine can have: they are clones, and no other machine's."""
+        found = [self._host.store.info(disk) for disk in disks]
+        for device in found:
+            if device.kind != "clone":
+                raise InvalidError(
+                    f"{device.name!r} is an image, which no machine can write", hint="clone it first"
+                )
+            for machine in self._host.registry.all():
+                if device.number in machine.disks:
+                    raise InUseError(f"clone {device.name!r}", machine.pid, hint=f"it is a disk of {machine.name}")
+        return tuple(device.number for device in found)
 
     def _check_name(self, name: str) -> None:
         """A name is a machine's or a checkpoint's, so that `fork` knows what is meant."""
@@ -269,16 +283,12 @@ class Manager:
         if self._host.registry.has(checkpoint):
             raise ExistsError("machine", checkpoint, hint="choose another name")
         with self._host.alone(name) as machine:
-            return checkpointing.take(
-                self._host, machine, checkpoint, automatic=False, freezing=freezing, progress=progress
-            )
+            return checkpointing.take(self._host, machine, checkpoint, freezing=freezing, progress=progress)
 
     def keep(self, name: str, checkpoint: str = "", progress: Progress = no_progress) -> Moment:
         """Turns a machine into a checkpoint, of its own name where no other is given."""
         with self._host.alone(name) as machine:
-            moment = checkpointing.take(
-                self._host, machine, checkpoint or name, automatic=False, freezing=True, progress=progress
-            )
+            moment = checkpointing.take(self._host, machine, checkpoint or name, last=True, progress=progress)
             self._end(machine, gently=not machine.disposable)
             return moment
 
@@ -334,8 +344,8 @@ class Manager:
 
     def run(self, name: str, words: Sequence[str], data: bytes = b"", seconds: float = _EXEC_SECONDS) -> Outcome:
         """Runs a program in a machine's guest, by its agent."""
-        with self._host.alone(name) as machine:
-            return self._host.agent(machine).run(words, data=data, seconds=seconds)
+        agent = self._host.agent(self._host.registry.get(name))
+        return agent.run(words, data=data, seconds=seconds)
 
     # What is there.
 
@@ -383,18 +393,9 @@ class Manager:
         """Deletes a checkpoint that no machine has been forked from.
 
         Raises:
-            MachineError: One has.
+            InUseError: One has, or is about to be.
         """
-        children = [machine.name for machine in self._host.registry.all() if machine.checkpoint == name]
-        if children:
-            raise MachineError(
-                f"checkpoint {name} is the memory of {', '.join(children[:5])}", hint="stop its children first"
-            )
-        if self._host.needs(name):
-            raise MachineError(f"checkpoint {name} is being forked", hint="wait until that is done")
-        number = self._host.store.checkpoints.info(name).number
-        self._host.store.checkpoints.delete(name)
-        self._host.templates.forget(number)
+        self._host.delete_checkpoint(self._host.store.checkpoints.info(name))
 
     @property
     def idle(self) -> bool:

@@ -51,11 +51,15 @@ class Monitor:
         path: Its socket.
         seconds: How long to wait until it answers for the first time.
 
+    Attributes:
+        lost: Whether it did not answer when it should have: another connection may be better.
+
     Raises:
         MachineError: Nobody answers.
     """
 
     def __init__(self, name: str, path: Path, seconds: float) -> None:
+        self.lost = False
         self._name = name
         self._client = QMPClient(name)
         self._events = EventListener(("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR"))
@@ -79,12 +83,14 @@ class Monitor:
         Raises:
             MachineError: QEMU refuses, or is gone.
         """
+        self._client.events.clear()  # nobody reads those, and a guest makes as many as it likes
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
             return _loop.run(asyncio.wait_for(self._client.execute(command, named), seconds))
         except ExecuteError as error:
             raise MachineError(f"machine {self._name} refuses {command}: {error}") from error
         except (QMPError, OSError) as error:
+            self.lost = True
             raise MachineError(f"machine {self._name} does not answer {command}: {_reason(error)}") from error
 
     def wait_deleted(self, device: str, seconds: float) -> None:

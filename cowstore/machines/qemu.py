@@ -43,6 +43,7 @@ CONSOLE, CONSOLE_LOG, LOG, QMP, AGENT = "console.sock", "console.log", "qemu.log
 _CONTROL = "control.sock"  # a monitor of the manager's own: whoever talks to QMP keeps nobody waiting
 _RECONNECT_SECONDS = 86_400  # how long requests to the disks wait for a server to come back
 _START_SECONDS = 60.0
+_STATUS_SECONDS = 10.0
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"  # for a guest that breaks out
 _BIOS_SIZE = struct.Struct("<Q")  # the last bytes of a saved state
 _FIRST_DISK = 0x10  # its slot on the bus
@@ -58,6 +59,7 @@ class Qemu:
 
     def __init__(self, program: str = PROGRAM) -> None:
         self._program = program
+        self._answers: dict[tuple[object, ...], str] = {}
 
     @functools.cached_property
     def _path(self) -> str:
@@ -67,6 +69,14 @@ class Qemu:
         return path
 
     def _asked(self, *words: str) -> str:
+        """What the program says of itself; asked once, until it is another one."""
+        found = os.stat(self._path)
+        key = (found.st_ino, found.st_mtime_ns, found.st_size, words)
+        if key not in self._answers:
+            self._answers[key] = self._ask(*words)
+        return self._answers[key]
+
+    def _ask(self, *words: str) -> str:
         done = subprocess.run(
             [self._path, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
         )
@@ -74,14 +84,6 @@ class Qemu:
             raise MachineError(f"{self._path} {' '.join(words)} failed: {done.stderr.strip()}")
         return done.stdout
 
-    @functools.cached_property
-    def _version(self) -> str:
-        found = re.search(r"version (\d+\.\d+)", self._asked("--version"))
-        if found is None:
-            raise MachineError(f"{self._path} does not tell its version")
-        return f"QEMU {found[1]}"
-
-    @functools.cached_property
     def _machines(self) -> dict[str, str]:
         """Every machine type, and what an alias stands for."""
         found = {}
@@ -92,14 +94,17 @@ class Qemu:
 
     def version(self) -> str:
         """Major and minor version: within one, QEMU keeps what a state looks like."""
-        return self._version
+        found = re.search(r"version (\d+\.\d+)", self._asked("--version"))
+        if found is None:
+            raise MachineError(f"{self._path} does not tell its version")
+        return f"QEMU {found[1]}"
 
     def settled(self, configuration: Configuration) -> Configuration:
         """See Hypervisor."""
-        machine = self._machines.get(configuration.machine)
+        machine = self._machines().get(configuration.machine)
         if machine is None or "q35" not in machine:
             raise InvalidError(
-                f"machine type {configuration.machine!r} is not known to {self._version}",
+                f"machine type {configuration.machine!r} is not known to {self.version()}",
                 hint="q35, or a version of it that `qemu-system-x86_64 -machine help` lists",
             )
         cpu = configuration.cpu or ("host" if configuration.accelerator == "kvm" else "max")
@@ -150,6 +155,11 @@ class RunningQemu:
         self._name = name
         self._monitor = Monitor(name, directory / _CONTROL, _START_SECONDS)
 
+    @property
+    def lost(self) -> bool:
+        """See Running."""
+        return self._monitor.lost
+
     def wait_loaded(self) -> None:
         """Waits until its state is loaded."""
         deadline = time.monotonic() + _START_SECONDS
@@ -176,9 +186,14 @@ class RunningQemu:
         size = int(found[1], 16)
         return self._host_address((1 << 32) - size, "pc.bios"), size
 
+    def version(self) -> str:
+        """See Running."""
+        found = self._monitor.execute("query-version")["qemu"]
+        return f"QEMU {found['major']}.{found['minor']}"
+
     def status(self) -> str:
         """See Running."""
-        return str(self._monitor.execute("query-status")["status"])
+        return str(self._monitor.execute("query-status", _STATUS_SECONDS)["status"])
 
     def stop(self) -> None:
         """See Running."""
@@ -258,7 +273,7 @@ def _spawn(program: str, launch: Launch, control: socket.socket, state: int | No
     A descriptor that is duplicated onto itself stays open in the new process.
     """
     passed = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control.fileno(), state) if fd is not None]
-    with (launch.directory / LOG).open("wb") as log, open(os.devnull, "rb") as nothing:
+    with (launch.directory / LOG).open("ab") as log, open(os.devnull, "rb") as nothing:
         standard = [(os.POSIX_SPAWN_DUP2, file.fileno(), fd) for fd, file in enumerate((nothing, log, log))]
         words = [program, *command_line(launch, control.fileno(), state)]
         return os.posix_spawn(
@@ -301,7 +316,7 @@ def command_line(launch: Launch, control: int, state: int | None) -> list[str]:
         "-chardev", f"socket,id=qmp,path={at}/{QMP},server=on,wait=off",
         "-mon", "chardev=qmp,mode=control",
     ]  # fmt: skip
-    for number, name in enumerate(one.disks):
+    for number, name in enumerate(launch.exports):
         words += disk(number, name, launch.socket)
     if launch.nic is not None:
         card = nic_properties(launch.nic)
@@ -322,11 +337,11 @@ def _quoted(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def disk(number: int, name: str, server: Path) -> list[str]:
+def disk(number: int, export: str, server: Path) -> list[str]:
     """A disk's arguments. Requests wait for the server where it is gone; nothing is written back late."""
     node = {
         "driver": "nbd", "node-name": f"disk{number}", "server": {"type": "unix", "path": str(server)},
-        "export": name, "reconnect-delay": _RECONNECT_SECONDS, "discard": "unmap",
+        "export": export, "reconnect-delay": _RECONNECT_SECONDS, "discard": "unmap",
     }  # fmt: skip
     place = f"addr={_FIRST_DISK + number:#x}"
     card = f"virtio-blk-pci,id=vd{number},drive=disk{number},{place},serial=cowstore-{number}"

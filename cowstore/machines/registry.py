@@ -6,22 +6,25 @@ that is on record as being started is known to nobody yet; whoever finds one aft
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from cowstore.errors import ExistsError, InvalidError, NotFoundError
+from cowstore.errors import ExistsError, InUseError, InvalidError, NotFoundError
 
 from .configuration import Configuration
 from .hypervisor import Nic
 from .identity import Identity
 
-_RECORD = "machine.json"
+_log = logging.getLogger("cowstore.machines")
+_RECORD, _LOCK = "machine.json", "lock"
 _PATH_BYTES = 80  # of a Unix socket's 107; the rest is for a machine's own folder and the socket's name
 
 
@@ -33,6 +36,7 @@ class Machine:
         key: The name of its directory, never that of another machine.
         name: Its name.
         configuration: What it is like.
+        disks: The numbers of its clones, whatever they are called by now; empty until they are there.
         created: When it was asked for, seconds since 1970.
         parent: The machine or checkpoint that it was forked from; empty where it was started.
         checkpoint: The checkpoint whose memory it maps; empty where it was started.
@@ -52,6 +56,7 @@ class Machine:
     name: str
     configuration: Configuration
     created: float
+    disks: tuple[int, ...] = ()
     parent: str = ""
     checkpoint: str = ""
     moment: int = 0
@@ -69,17 +74,24 @@ class Machine:
     def read(cls, text: str) -> Self:
         """The inverse of write(). Raises ValueError."""
         try:
-            facts: dict[str, Any] = json.loads(text)
+            known = {field.name for field in fields(cls)}  # another version may have written more
+            facts: dict[str, Any] = {key: value for key, value in json.loads(text).items() if key in known}
             facts["configuration"] = Configuration.read(facts["configuration"])
             facts["identity"] = Identity(**facts["identity"]) if facts["identity"] else None
             facts["nic"] = Nic(**facts["nic"]) if facts["nic"] else None
+            facts["disks"] = tuple(facts["disks"])
             return cls(**facts)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"a machine's record makes no sense: {error}") from error
 
     def write(self) -> str:
         """The text of its record."""
         return json.dumps(asdict(self), indent=2)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """What its disks go by at the server and in the store, whoever gives them other names."""
+        return tuple(f"#{number}" for number in self.disks)
 
     @property
     def is_alive(self) -> bool:
@@ -95,6 +107,7 @@ class Registry:
 
     Raises:
         InvalidError: Its path is too long for sockets.
+        InUseError: Another process has the machines there.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -104,18 +117,34 @@ class Registry:
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
         directory.mkdir(mode=0o700, exist_ok=True)
+        self._turn = (directory / _LOCK).open("a+")
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._turn.close()
+            raise InUseError(f"the machines in {directory}", hint="one manager is enough: ask that one") from None
 
     def load(self) -> Iterator[Machine | Path]:
-        """Every machine that is on record; a directory without a sound record is given as it is."""
-        for place in sorted(self._directory.iterdir()):
+        """Every machine that is on record; a directory without a record is given as it is.
+
+        One whose record cannot be read is left alone: another version may have written it, and its machine runs.
+        """
+        for place in sorted(one for one in self._directory.iterdir() if one.is_dir()):
             try:
                 machine = Machine.read((place / _RECORD).read_text())
-            except (OSError, ValueError):
+            except FileNotFoundError:
                 yield place
+                continue
+            except (OSError, ValueError) as error:
+                _log.error("the record of a machine in %s cannot be read, and it is left alone: %s", place, error)
                 continue
             with self._lock:
                 self._machines[machine.name] = machine
             yield machine
+
+    def close(self) -> None:
+        """Lets another process have the machines."""
+        self._turn.close()
 
     def all(self) -> list[Machine]:
         """All of them, sorted by name."""
@@ -153,7 +182,7 @@ class Registry:
             self.remove(machine)
             raise
 
-    def change(self, machine: Machine, **fields: Any) -> Machine:
+    def change(self, machine: Machine, **changes: Any) -> Machine:
         """Changes a machine's record, whoever else changes other fields of it at this time.
 
         Raises:
@@ -166,7 +195,7 @@ class Registry:
             found = self._machines.get(machine.name)
             if found is None or found.key != machine.key:
                 raise NotFoundError("machine", machine.name, hint="it has ended meanwhile")
-            changed = replace(found, **fields)
+            changed = replace(found, **changes)
             aside.write_text(changed.write())
             aside.replace(path)
             self._machines[machine.name] = changed

@@ -21,8 +21,28 @@ class Device(Protocol):
     """A device as it is described; see cowstore.DeviceInfo."""
 
     @property
+    def number(self) -> int:
+        """Never used twice; ``#`` and the number do for the name."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name now."""
+        ...
+
+    @property
     def kind(self) -> str:
         """``image`` or ``clone``."""
+        ...
+
+    @property
+    def ephemeral(self) -> bool:
+        """Whether it is gone after a reboot."""
+        ...
+
+    @property
+    def parent_number(self) -> int:
+        """The number of the device that it was made from."""
         ...
 
 
@@ -47,6 +67,11 @@ class Checkpoint(Protocol):
     @property
     def memory_size(self) -> int:
         """Bytes."""
+        ...
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The numbers of the devices that it is made of."""
         ...
 
     @property
@@ -110,8 +135,8 @@ class Checkpoints(Protocol):
         """The state of the devices of one."""
         ...
 
-    def clone_disks(self, name: str, children: Sequence[Sequence[str]]) -> Sequence[Any]:
-        """Clones for machines."""
+    def clone_disks(self, name: str, children: Sequence[Sequence[str]]) -> Sequence[Device]:
+        """Clones for machines: the first disk of each, then the second, and so on."""
         ...
 
     def delete(self, *names: str) -> None:

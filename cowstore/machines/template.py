@@ -130,6 +130,10 @@ class Template:
         """
         return _mapped(self.fd, self.size, mmap.MAP_PRIVATE)
 
+    def resident(self) -> int:
+        """Bytes of memory that it takes."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def close(self) -> None:
         """Gives it back; harmless when done twice."""
         fd, self.fd = self.fd, -1
@@ -138,15 +142,19 @@ class Template:
 
 
 def _fill(fd: int, memory: Memory, extents: list[Extent]) -> None:
-    target = _mapped(fd, memory.size, mmap.MAP_SHARED)
-    view = memoryview(target)
-    for extent in extents:
-        end = extent.offset + extent.length
-        for offset in range(extent.offset, end, _PIECE):
-            memory.preadinto(view[offset : min(offset + _PIECE, end)], offset)
-    # Not where it fails: the exception's frames still refer to a piece, and the mapping goes with them.
-    view.release()
-    target.close()
+    """Copies what is stored, by writing: in a mapping, memory that is not there is a signal and no error."""
+    buffer = memoryview(bytearray(_PIECE))
+    try:
+        for extent in extents:
+            end = extent.offset + extent.length
+            for offset in range(extent.offset, end, _PIECE):
+                piece = buffer[: min(_PIECE, end - offset)]
+                memory.preadinto(piece, offset)
+                os.pwrite(fd, piece, offset)
+    except OSError as error:
+        raise MachineError(
+            f"no memory left for a template: {error.strerror}", hint="stop some machines"
+        ) from error
 
 
 def _mapped(fd: int, size: int, kind: int) -> mmap.mmap:
@@ -213,9 +221,24 @@ def check_room(needed: int, what: str) -> None:
 
 
 def available() -> int:
-    """Bytes of memory that the host can still give, by its own estimate; see MemAvailable in proc(5)."""
+    """Bytes of memory that the host can still give, by its own estimate; see MemAvailable in proc(5).
+
+    Where a control group has a limit, no more than is left of that; see memory.max in cgroups(7).
+    """
     with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    raise MachineError("/proc/meminfo does not tell how much memory is available")
+        found = next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")), None)
+    if found is None:
+        raise MachineError("/proc/meminfo does not tell how much memory is available")
+    return min(found, _left_in_group())
+
+
+def _left_in_group() -> int:
+    """Bytes that are left of the limit of this process's control group; very many where it has none."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            path = next(line.strip().partition("::")[2] for line in file if line.startswith("0::"))
+        group = f"/sys/fs/cgroup{path}"
+        with open(f"{group}/memory.max") as limit, open(f"{group}/memory.current") as current:
+            return int(limit.read()) - int(current.read())
+    except (OSError, ValueError, StopIteration):  # version 1, no such controller, or "max"
+        return 1 << 62

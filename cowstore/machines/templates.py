@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from .stores import Checkpoint, Checkpoints
-from .template import Template
+from .template import Template, available
 
 NAME = "cowstore-memory"  # of the files, for those who look into /proc: a child has one, that of its checkpoint
 _KEPT = 4  # templates that nobody uses now; machines keep theirs alive by themselves
+_PART = 8  # of the memory that the host has left, what these may hold: one in so many bytes
 
 
 class Templates:
@@ -48,6 +49,8 @@ class Templates:
         finally:
             with self._lock:
                 self._users[number] -= 1
+                if not self._users[number]:
+                    del self._users[number], self._building[number]
                 if number in self._templates:
                     self._templates.move_to_end(number)
             self._drop_surplus()
@@ -78,9 +81,13 @@ class Templates:
             template.close()
 
     def _drop_surplus(self) -> None:
+        room, surplus = available() // _PART, []
         with self._lock:
-            idle = [number for number in self._templates if not self._users.get(number)]
-            surplus = [self._templates.pop(number) for number in idle[:-_KEPT]]
+            idle = [number for number in reversed(self._templates) if not self._users.get(number)]
+            for position, number in enumerate(idle):
+                room -= self._templates[number].resident()
+                if position >= _KEPT or room < 0:
+                    surplus.append(self._templates.pop(number))
         for template in surplus:
             template.close()
 
