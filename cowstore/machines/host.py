@@ -16,7 +16,7 @@ from cowstore.errors import InUseError, MachineError, NotFoundError, StoreError
 from . import qemu
 from .agent import Agent
 from .hypervisor import Hypervisor, Running
-from .registry import Machine, Registry, process_start
+from .registry import Machine, Registry, boot_id, process_start
 from .stores import Checkpoint, Disks, Store
 from .templates import Templates
 
@@ -122,9 +122,9 @@ class Host:
         pid, began = running.pid, process_start(running.pid)
         self.adopt(machine, running)
         try:
-            return self.registry.change(machine, pid=pid, started=began, ready=ready)
+            return self.registry.change(machine, pid=pid, started=began, boot=boot_id(), ready=ready)
         except BaseException:
-            self.end(replace(machine, pid=pid, started=began))
+            self.end(replace(machine, pid=pid, started=began, boot=boot_id()))
             raise
 
     def address(self, machine: Machine) -> int:

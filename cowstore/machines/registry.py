@@ -7,17 +7,19 @@ that is on record as being started is known to nobody yet; whoever finds one aft
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from cowstore.errors import ExistsError, InUseError, InvalidError, NotFoundError
+from cowstore.errors import ExistsError, InUseError, InvalidError, NotFoundError, StoreError
 
 from .configuration import Configuration
 from .hypervisor import Nic
@@ -49,6 +51,7 @@ class Machine:
         held: Whether it stands still, or its file systems do, for a checkpoint that is being taken.
         pid: Its process; 0 while it is being started.
         started: When that process began, by the kernel's count: pids are used again.
+        boot: During which boot of the host.
         address: Where its memory begins in its process.
     """
 
@@ -68,6 +71,7 @@ class Machine:
     held: bool = False
     pid: int = 0
     started: int = 0
+    boot: str = ""
     address: int = 0
 
     @classmethod
@@ -96,7 +100,7 @@ class Machine:
     @property
     def is_alive(self) -> bool:
         """Whether its process still runs."""
-        return self.pid != 0 and process_start(self.pid) == self.started
+        return self.pid != 0 and self.boot == boot_id() and process_start(self.pid) == self.started
 
 
 class Registry:
@@ -108,15 +112,16 @@ class Registry:
     Raises:
         InvalidError: Its path is too long for sockets.
         InUseError: Another process has the machines there.
+        StoreError: It is not private.
     """
 
     def __init__(self, directory: Path) -> None:
         if len(os.fsencode(directory)) > _PATH_BYTES:
             raise InvalidError(f"{directory} is too long for sockets", hint=f"at most {_PATH_BYTES} bytes")
-        self._directory = directory
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
         directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory = directory = _private(directory)
         self._turn = (directory / _LOCK).open("a+")
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,6 +217,20 @@ class Registry:
     def directory(self, machine: Machine) -> Path:
         """Where a machine's sockets and logs are."""
         return self._directory / machine.key
+
+
+def _private(directory: Path) -> Path:
+    """The directory as others will find it, too; refused where somebody else may have prepared it."""
+    found = os.stat(directory, follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise StoreError(f"{directory} is not private to this user", hint="remove it, or name another place")
+    return directory.resolve()
+
+
+@functools.cache
+def boot_id() -> str:
+    """What the host calls the time since it booted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def process_start(pid: int) -> int:
