@@ -54,7 +54,7 @@ def client(store: Path) -> Client:
 
 def has_machines(store: Path) -> bool:
     """Whether any machine is on record."""
-    return any((directory(store) / MACHINES).glob("*"))
+    return any(one.is_dir() for one in (directory(store) / MACHINES).glob("*"))
 
 
 class Asking:

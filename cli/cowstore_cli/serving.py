@@ -165,7 +165,7 @@ class _Machines:
         self._place = runtime.directory(store.path)
         self._verbs: machines.Verbs | None = None
         self._lock = threading.Lock()
-        if any((self._place / runtime.MACHINES).glob("*")):
+        if runtime.has_machines(store.path):
             self._made()
         self._control = machines.Server(self._made, self._place / runtime.CONTROL)
 
