@@ -187,9 +187,12 @@ def memories(snapshot: Snapshot, segments: Segments) -> tuple[MemoryUsage, ...]:
     checkpoints = sorted(catalog.checkpoints(snapshot), key=lambda one: one.name)
     if not checkpoints:
         return ()
-    own = {number for one in checkpoints for number in (one.memory, one.state)}
     records = {record.number: record for record in catalog.devices(snapshot)}
-    disks = [one.root for number, one in records.items() if number not in own and not catalog.is_gone(one)]
+    kept = {number for one in checkpoints for number in one.disks}
+    disks = [
+        one.root for number, one in records.items()
+        if (one.visible or number in kept) and not catalog.is_gone(one)
+    ]  # fmt: skip
     on_disk = np.unique(np.concatenate([_ids(segments, root) for root in set(disks)] or [_NO_IDS]))
     pages = [_ids(segments, records[one.memory].root) for one in checkpoints]
     known, times = np.unique(np.concatenate([np.unique(ids) for ids in pages]), return_counts=True)

@@ -155,10 +155,8 @@ def refresh(session: Session, name: str, hook: Path | None, as_json: bool) -> No
 @common_options
 @pass_session
 def rm(session: Session, names: tuple[str, ...], as_json: bool) -> None:
-    """Delete checkpoints. One whose children still run is refused."""
-    client = runtime.connect(session.path)
-    for name in names:
-        client.ask("delete-checkpoint", name=name)
+    """Delete checkpoints, all or none. One whose children still run is refused."""
+    runtime.connect(session.path).ask("delete-checkpoints", names=list(names))
     if as_json:
         console.emit(names)
     else:

@@ -102,8 +102,10 @@ def _run(
     if metrics:
         _write_metrics(server, Path(metrics))  # a place where it cannot be is a mistake now; later it is a pity
     server.start()
-    vms = _Machines(store, server) if tls is None and not names and listeners[0].is_unix else None
+    vms = None
     try:
+        if tls is None and not names and listeners[0].is_unix:
+            vms = _Machines(store, server)
         _announce(store, server, tls is not None, as_json)
         _watch(server, Path(metrics) if metrics else None, _Idleness(server, vms, idle))
     finally:
@@ -166,7 +168,12 @@ class _Machines:
         self._verbs: machines.Verbs | None = None
         self._lock = threading.Lock()
         if runtime.has_machines(store.path):
-            self._made()
+            try:
+                self._made()
+            except (cowstore.StoreError, OSError) as error:
+                _log.error(
+                    "the machines cannot be looked after now: %s", error
+                )  # their disks are served all the same
         self._control = machines.Server(self._made, self._place / runtime.CONTROL)
 
     def _made(self) -> machines.Verbs:

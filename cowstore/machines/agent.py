@@ -66,6 +66,7 @@ class Agent:
         self._pending = bytearray()
         self._in_step = False
         self._turn = threading.Lock()
+        self._sock.settimeout(_COMMAND_SECONDS)
         try:
             self._sock.connect(str(path))
         except OSError as error:
@@ -145,19 +146,21 @@ class Agent:
             wanted["env"] = [f"{key}={value}" for key, value in environment.items()]
         pid = self._field("exec", self.ask("exec", seconds, **wanted), "pid", int)
         pause = _POLL_SECONDS
-        while not self._field("exec-status", found := self._status(pid), "exited", bool):
+        while not self._field("exec-status", found := self._status(pid, deadline), "exited", bool):
             if time.monotonic() > deadline:
                 raise self._error(words[0], f"it has not ended within {seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
+        if found.get("out-truncated") or found.get("err-truncated"):
+            raise self._error(words[0], "it wrote more than its agent keeps, which is 16 MiB")
         signal = self._field("exec-status", found, "signal", int, 0)
         status = 128 + signal if signal else self._field("exec-status", found, "exitcode", int, 0)
         return Outcome(status & 0xFF, self._bytes(found, "out-data"), self._bytes(found, "err-data"))
 
-    def _status(self, pid: int) -> Any:
+    def _status(self, pid: int, deadline: float) -> Any:
         """How far a program is; while file systems are frozen an agent does not tell."""
         try:
-            return self.ask("exec-status", pid=pid)
+            return self.ask("exec-status", max(deadline - time.monotonic(), 1), pid=pid)
         except GuestError as error:
             if "frozen" not in str(error):
                 raise

@@ -23,14 +23,13 @@ from cowstore.errors import InvalidError, MachineError, StoreError
 
 from .accelerators import Accelerators
 from .configuration import Configuration
-from .control import request, send, told
+from .control import REQUEST_BYTES, request, send, told
 from .forking import Wish
 from .manager import Manager
 from .stores import Progress
 
 _log = logging.getLogger("cowstore.machines")
 _PEER = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
-_REQUEST_BYTES = 1 << 20
 _BACKLOG = 64
 _PATIENCE = 10.0  # seconds
 _END_SECONDS = 60.0
@@ -105,9 +104,9 @@ class Verbs:
     def _checkpoints(self, _: Progress) -> Any:
         return list(self.manager.checkpoints())
 
-    def _delete_checkpoint(self, _: Progress, name: str) -> Any:
-        self.manager.delete_checkpoint(name)
-        return name
+    def _delete_checkpoints(self, _: Progress, names: list[str]) -> Any:
+        self.manager.delete_checkpoints(*names)
+        return names
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
@@ -121,7 +120,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "stop": Verbs._stop,
     "run": Verbs._run,
     "checkpoints": Verbs._checkpoints,
-    "delete-checkpoint": Verbs._delete_checkpoint,
+    "delete-checkpoints": Verbs._delete_checkpoints,
 }
 
 
@@ -190,7 +189,7 @@ class Server:
                 watched = False  # nobody looks any more; what was asked for is done all the same
 
         try:
-            verb, arguments = request(file.readline(_REQUEST_BYTES))
+            verb, arguments = request(file.readline(REQUEST_BYTES))
             answer = {"answer": self._call(verb, arguments, tell)}
         except (StoreError, OSError) as error:
             answer = {"error": told(error)}

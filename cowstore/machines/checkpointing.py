@@ -85,14 +85,11 @@ class Stillness:
         """Has the machine go on; harmless when it never stood still, or does no more."""
         if not self._begun or self._seconds:
             return
+        self._running.resume()  # where that fails it may be tried again, now or by the next manager
         self._seconds = time.monotonic() - self._begun
-        try:
-            self._running.resume()
-            self._seconds = time.monotonic() - self._begun
-        finally:
-            if self.frozen:
-                thaw(self._host, self._machine)
-            self._host.registry.change(self._machine, held=False)
+        if self.frozen:
+            thaw(self._host, self._machine)
+        self._host.registry.change(self._machine, held=False)
 
 
 def take(
@@ -124,27 +121,34 @@ def take(
     try:
         check_room(len(own_pages(machine.pid, address, size)) * PAGE_SIZE, f"a checkpoint of {machine.name}")
         capture.prepare()
+        _flush(host, machine)  # so that little is left for when it stands still
         still.begin(freezing=freezing)
-        for disk in machine.exports:
-            host.disks.flush(disk)
+        _flush(host, machine)
         pending = host.store.checkpoints.begin(machine.exports)
         state = running.save_state()
         capture.take()
         if not last:
             still.end()
         _take_in(pending, capture, state, machine.moment, progress)
-        checkpoint = pending.publish(name, facts(machine, still), automatic=automatic)
+        checkpoint = pending.publish(name, facts(host, machine, still), automatic=automatic)
         moment = Moment(checkpoint, still.seconds, len(capture.pages), still.frozen)
         if not machine.moment:  # all of its memory is its own, so what was captured is all there is
             host.templates.put(checkpoint.number, Template.seal(capture.detach(), size))
         return moment
     except BaseException:
-        still.end()
+        with suppress(StoreError):  # what went wrong first counts
+            still.end()
         raise
     finally:
         if pending is not None:
             pending.close()
         capture.close()
+
+
+def _flush(host: Host, machine: Machine) -> None:
+    """Makes durable what the machine's disks were told so far."""
+    for disk in machine.exports:
+        host.disks.flush(disk)
 
 
 def _take_in(pending: Pending, capture: Capture, state: bytes, since: int, progress: Progress) -> None:
@@ -159,7 +163,7 @@ def _take_in(pending: Pending, capture: Capture, state: bytes, since: int, progr
         one.result()
 
 
-def facts(machine: Machine, still: Stillness) -> dict[str, object]:
+def facts(host: Host, machine: Machine, still: Stillness) -> dict[str, object]:
     """What has to be known of a machine to load its state into another one."""
     nic, configuration = machine.nic, machine.configuration
     return {
@@ -171,6 +175,7 @@ def facts(machine: Machine, still: Stillness) -> dict[str, object]:
         "frozen": still.frozen,
         "agent": still.agent,
         "from": machine.name,
+        "place": str(host.registry.place),
     }
 
 

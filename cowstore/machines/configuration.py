@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -126,7 +126,7 @@ def check_extra(words: Sequence[str]) -> None:
     for option, value in zip(words[::2], words[1::2], strict=True):
         kind, *properties = value.split(",")
         if option in ("-device", "-object"):
-            _check_properties(value, properties)
+            _check_properties(value, properties, _NOT_OURS | {"id"} if option == "-device" else _NOT_OURS)
         if _GIVES_BACK.search(value):
             raise InvalidError(
                 f"{value!r} gives memory back while the machine runs, and all children share it",
@@ -138,12 +138,12 @@ def check_extra(words: Sequence[str]) -> None:
             raise InvalidError(f"{option} {value} is not allowed here", hint=f"allowed are {', '.join(known)}")
 
 
-def _check_properties(value: str, properties: Sequence[str]) -> None:
+def _check_properties(value: str, properties: Sequence[str], refused: Set[str]) -> None:
     """Refuses properties that make another device of it, or move it to where one of ours is."""
     for one in properties:
         key, equals, _ = one.partition("=")
-        if not equals or key in _NOT_OURS:
+        if not equals or key in refused:
             raise InvalidError(
                 f"{one!r} in {value!r} is not allowed here",
-                hint="key=value, without driver, qom-type, bus and addr",
+                hint=f"key=value, without {', '.join(sorted(refused))}",
             )

@@ -16,6 +16,8 @@ from cowstore.errors import InvalidError, MachineError, StoreError
 
 from .stores import Progress, no_progress
 
+REQUEST_BYTES = 16 << 20
+
 
 class Client:
     """Whoever asks.
@@ -34,10 +36,13 @@ class Client:
             StoreError: As the server raised it.
             OSError: Nobody listens there.
         """
+        message = {"do": verb, "with": arguments}
+        if len(json.dumps(message)) >= REQUEST_BYTES:
+            raise InvalidError(f"that is more than {REQUEST_BYTES >> 20} MiB to ask for", hint="put it on a disk")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.connect(str(self._path))
             with sock.makefile("rwb") as file:
-                send(cast("BinaryIO", file), {"do": verb, "with": arguments})
+                send(cast("BinaryIO", file), message)
                 for line in file:
                     message = json.loads(line)
                     if "step" in message:

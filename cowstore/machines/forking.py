@@ -120,12 +120,22 @@ class Parent:
                 f"machine type {self.configuration.machine} of checkpoint {self.checkpoint.name} is none here",
                 hint="fork it where it was taken",
             )
-        if (wish.identity or wish.hook) and not self.agent:
-            raise GuestError(
-                self.checkpoint.name, "identity", "it had no agent when the checkpoint was taken",
-                hint="install qemu-guest-agent in it, or fork with --identity none and without a hook",
-            )  # fmt: skip
-        check_room(count * _CHILD_BYTES, f"{count} children of {self.checkpoint.name}")
+        check_wish(self.checkpoint.name, wish, count, agent=self.agent)
+
+
+def check_wish(source: str, wish: Wish, count: int, *, agent: bool) -> None:
+    """Refuses what cannot be had of a machine or checkpoint, whatever else it is like.
+
+    Raises:
+        GuestError: Its guest has no agent, and its children are to get an identity or a hook.
+        MachineError: There is no memory left for so many.
+    """
+    if (wish.identity or wish.hook) and not agent:
+        raise GuestError(
+            source, "identity", "it has no agent",
+            hint="install qemu-guest-agent in it, or fork with --identity none and without a hook",
+        )  # fmt: skip
+    check_room(count * _CHILD_BYTES, f"{count} children of {source}")
 
 
 def disk_names(machine: str, count: int) -> tuple[str, ...]:
@@ -161,7 +171,8 @@ def fork(
                 progress("fork", len(done), len(machines))
     finally:
         for machine in machines[len(done) :]:
-            _retire(host, machine)
+            with suppress(StoreError, OSError):  # what cannot be removed now is tried again
+                give_up(host, machine)
     return done
 
 
@@ -172,7 +183,7 @@ def give_disks(host: Host, checkpoint: Checkpoint, machines: Sequence[Machine]) 
         host.registry.change(machine, disks=tuple(clone.number for clone in clones[position :: len(machines)]))
 
 
-def _retire(host: Host, machine: Machine) -> None:
+def give_up(host: Host, machine: Machine) -> None:
     """Removes a child that came to nothing, unless somebody else has, and another one has its name."""
     with suppress(NotFoundError):
         found = host.registry.get(machine.name)
@@ -281,7 +292,7 @@ class Birth:
                 return Child(name, self.ran[name], time.monotonic() - self.begun)
         except Exception as error:  # noqa: BLE001 - as above
             with suppress(StoreError, OSError):  # what cannot be removed now stays on record, and is removed later
-                _retire(self.host, machine)
+                give_up(self.host, machine)
             hint = f" ({error.hint})" if isinstance(error, StoreError) and error.hint else ""
             return Child(name, self.ran.get(name, 0.0), 0.0, f"{error}{hint}")
 

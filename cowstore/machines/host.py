@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -54,16 +54,17 @@ class Host:
         self._running: dict[str, Running] = {}
         self._agents: dict[str, Agent] = {}
         self._kept: list[str] = []
+        self._keeping = threading.Lock()  # held while a checkpoint is deleted, or a fork of one begins
 
     @contextmanager
     def keeping(self, checkpoint: str) -> Iterator[None]:
         """Keeps a checkpoint that a fork has made, or is about to make, while no machine needs it yet."""
-        with self._lock:
+        with self._keeping:
             self._kept.append(checkpoint)
         try:
             yield
         finally:
-            with self._lock:
+            with self._keeping:
                 self._kept.remove(checkpoint)
             self.drop_unneeded()
 
@@ -141,6 +142,8 @@ class Host:
             GuestError: It has ended.
         """
         with self._lock:
+            attaching = self._attaching.setdefault(machine.key, threading.Lock())
+        with attaching:
             agent = self._agents.get(machine.key)
             if agent is None:
                 agent = Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
@@ -168,6 +171,11 @@ class Host:
         if running is not None:
             running.close()
 
+    def kill(self, machine: Machine) -> None:
+        """Ends a machine's process, whoever is at work on it."""
+        if machine.is_alive:
+            qemu.kill(machine.pid)
+
     def retire(self, machine: Machine) -> None:
         """Removes what a machine that has ended leaves: its record, and its disks where they go with it.
 
@@ -176,7 +184,11 @@ class Host:
         """
         self.end(machine)
         if machine.disposable:
-            self.delete_disks(machine)
+            try:
+                self.delete_disks(machine)
+            except StoreError:
+                self.registry.change(machine, over=True)
+                raise
         self.registry.remove(machine)
         with self._lock:
             self._busy.pop(machine.key, None)
@@ -218,30 +230,34 @@ class Host:
     def drop_unneeded(self) -> None:
         """Deletes the checkpoints that forks have made and no machine needs any more."""
         for checkpoint in self.store.checkpoints.all():
-            if checkpoint.automatic:
+            if checkpoint.automatic and checkpoint.configuration.get("place") == str(self.registry.place):
                 try:
-                    self.delete_checkpoint(checkpoint)
-                except InUseError:
-                    continue  # it is needed
+                    self.delete_checkpoints([checkpoint])
+                except (InUseError, NotFoundError):
+                    continue  # it is needed, or somebody else has deleted it
                 except StoreError as error:
                     _log.error("checkpoint %s cannot be deleted now: %s", checkpoint.name, error)
 
-    def delete_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Deletes a checkpoint; nobody begins to fork it meanwhile.
+    def delete_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Deletes checkpoints, all or none; nobody begins to fork one of them meanwhile.
 
         Raises:
-            InUseError: It is being forked, or its children run.
+            InUseError: One is being forked, or its children run.
         """
-        name, what = checkpoint.name, f"checkpoint {checkpoint.name!r}"
-        with self._lock:
-            if name in self._kept:
-                raise InUseError(what, os.getpid(), hint="it is being forked: wait until that is done")
-            children = [one.name for one in self.registry.all() if one.checkpoint == name]
-            if children:
-                raise InUseError(what, os.getpid(), hint=f"stop its children first: {', '.join(children[:5])}")
-            with suppress(NotFoundError):
-                self.store.checkpoints.delete(name)
-        self.templates.forget(checkpoint.number)
+        with self._keeping:
+            for checkpoint in checkpoints:
+                self._check_unneeded(checkpoint.name)
+            self.store.checkpoints.delete(*(checkpoint.name for checkpoint in checkpoints))
+        for checkpoint in checkpoints:
+            self.templates.forget(checkpoint.number)
+
+    def _check_unneeded(self, name: str) -> None:
+        what = f"checkpoint {name!r}"
+        if name in self._kept:
+            raise InUseError(what, os.getpid(), hint="it is being forked: wait until that is done")
+        children = [one.name for one in self.registry.all() if one.checkpoint == name]
+        if children:
+            raise InUseError(what, os.getpid(), hint=f"stop its children first: {', '.join(children[:5])}")
 
     def close(self) -> None:
         """Lets go of everything; machines go on."""

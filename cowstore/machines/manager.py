@@ -32,6 +32,7 @@ from .template import check_room
 
 _log = logging.getLogger("cowstore.machines")
 _EXEC_SECONDS = 60.0
+_AUTOMATIC = 100  # letters of a machine's name in the name of a checkpoint that a fork makes
 _LOG_BYTES = 1 << 20  # of a console; as many are kept in a second file, both in memory where the directory is
 
 
@@ -88,7 +89,11 @@ class Manager:
         self._host = Host(store, disks, hypervisor or qemu.Qemu(), directory)
         self._naming = threading.Lock()  # held while names are looked at and put on record
         self._keeper = Keeper(self._has_ended, self._look_around)
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     # What an earlier manager has left.
 
@@ -122,7 +127,7 @@ class Manager:
         """A machine's process has ended, by itself or by somebody else's hand."""
         try:
             with self._host.alone(name) as machine:
-                if machine.pid and not machine.is_alive:
+                if machine.over or (machine.pid and not machine.is_alive):
                     self._retire(machine)
         except NotFoundError:
             pass  # it was stopped, and everything is gone already
@@ -130,7 +135,7 @@ class Manager:
     def _look_around(self) -> None:
         """Now and then: removes what could not be removed before, and cuts logs."""
         for machine in self._host.registry.all():
-            if machine.ready and not machine.is_alive:
+            if machine.over or (machine.ready and not machine.is_alive):
                 self._has_ended(machine.name)
         self._cut_logs()
 
@@ -221,10 +226,12 @@ class Manager:
             raise InvalidError(f"{count} children cannot be forked", hint="at least one")
         wish, prefix = wish or Wish(), prefix or f"{source}-"
         of_machine = self._host.registry.has(source)
-        name = f"{source}.{time.time_ns():x}" if of_machine else source
+        name = f"{source[:_AUTOMATIC]}.{time.time_ns():x}" if of_machine else source
         with self._host.keeping(name):
             checkpoint = (
-                self._taken(source, name, progress) if of_machine else self._host.store.checkpoints.info(name)
+                self._taken(source, name, wish, count, progress)
+                if of_machine
+                else self._host.store.checkpoints.info(name)
             )
             parent = Parent.of(checkpoint)
             parent.check(self._host, wish, count)
@@ -241,8 +248,9 @@ class Manager:
             with suppress(NotFoundError):
                 self._keeper.watch(self._host.registry.get(child.name).pid, child.name)
 
-    def _taken(self, source: str, name: str, progress: Progress) -> Checkpoint:
+    def _taken(self, source: str, name: str, wish: Wish, count: int, progress: Progress) -> Checkpoint:
         with self._host.alone(source) as machine:
+            forking.check_wish(source, wish, count, agent=self._host.running(machine).has_agent())
             # Its disks are never without its memory, so their file systems need not be frozen, and thawed in each
             # child.
             return checkpointing.take(
@@ -305,7 +313,7 @@ class Manager:
             try:
                 child = forking.revive(self._host, machine, parent, wish)
             except BaseException:
-                self._retire(machine)
+                forking.give_up(self._host, machine)
                 raise
         self._watch(child)
         return child
@@ -321,6 +329,8 @@ class Manager:
         Raises:
             MachineError: The guest did not shut down in time; it goes on.
         """
+        if not seconds or self._host.registry.get(name).disposable:
+            self._host.kill(self._host.registry.get(name))  # whoever is at work on it need not go on
         with self._host.alone(name) as machine:
             if seconds and machine.is_alive and not machine.disposable:
                 self._ask_to_shut_down(machine)
@@ -389,13 +399,13 @@ class Manager:
         """All checkpoints of the store."""
         return self._host.store.checkpoints.all()
 
-    def delete_checkpoint(self, name: str) -> None:
-        """Deletes a checkpoint that no machine has been forked from.
+    def delete_checkpoints(self, *names: str) -> None:
+        """Deletes checkpoints that no machine has been forked from, all or none.
 
         Raises:
             InUseError: One has, or is about to be.
         """
-        self._host.delete_checkpoint(self._host.store.checkpoints.info(name))
+        self._host.delete_checkpoints([self._host.store.checkpoints.info(name) for name in names])
 
     @property
     def idle(self) -> bool:

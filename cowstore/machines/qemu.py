@@ -124,7 +124,8 @@ class Qemu:
             kill(pid)
             os.waitpid(pid, 0)
             if isinstance(error, MachineError):
-                raise MachineError(f"{error}{_said(launch.directory)}") from error
+                said = _said(launch.directory)
+                raise MachineError(f"machine {launch.name} did not start: {said or error}") from error
             raise
         return running
 
@@ -393,7 +394,7 @@ def _said(directory: Path) -> str:
         text = (directory / LOG).read_bytes()[-_TAIL:].decode(errors="replace").strip()
     except OSError:
         return ""
-    return f"; QEMU said: {text}" if text else ""
+    return text.removeprefix("qemu-system-x86_64: ")
 
 
 def _processes() -> list[int]:

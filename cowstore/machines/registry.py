@@ -48,6 +48,7 @@ class Machine:
         generation: The GUID by which its guest is told of forks.
         nic: The network card that it has.
         ready: Whether it was handed out; one that was not when its manager died is removed by the next.
+        over: Whether it is to be removed, and could not be yet.
         held: Whether it stands still, or its file systems do, for a checkpoint that is being taken.
         pid: Its process; 0 while it is being started.
         started: When that process began, by the kernel's count: pids are used again.
@@ -68,6 +69,7 @@ class Machine:
     generation: str = ""
     nic: Nic | None = None
     ready: bool = False
+    over: bool = False
     held: bool = False
     pid: int = 0
     started: int = 0
@@ -109,6 +111,9 @@ class Registry:
     Args:
         directory: Where they are; private.
 
+    Attributes:
+        place: That directory.
+
     Raises:
         InvalidError: Its path is too long for sockets.
         InUseError: Another process has the machines there.
@@ -121,7 +126,7 @@ class Registry:
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
         directory.mkdir(mode=0o700, exist_ok=True)
-        self._directory = directory = _private(directory)
+        self.place = directory = _private(directory)
         self._turn = (directory / _LOCK).open("a+")
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +139,7 @@ class Registry:
 
         One whose record cannot be read is left alone: another version may have written it, and its machine runs.
         """
-        for place in sorted(one for one in self._directory.iterdir() if one.is_dir()):
+        for place in sorted(one for one in self.place.iterdir() if one.is_dir()):
             try:
                 machine = Machine.read((place / _RECORD).read_text())
             except FileNotFoundError:
@@ -216,7 +221,7 @@ class Registry:
 
     def directory(self, machine: Machine) -> Path:
         """Where a machine's sockets and logs are."""
-        return self._directory / machine.key
+        return self.place / machine.key
 
 
 def _private(directory: Path) -> Path:

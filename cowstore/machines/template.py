@@ -239,6 +239,8 @@ def _left_in_group() -> int:
             path = next(line.strip().partition("::")[2] for line in file if line.startswith("0::"))
         group = f"/sys/fs/cgroup{path}"
         with open(f"{group}/memory.max") as limit, open(f"{group}/memory.current") as current:
-            return int(limit.read()) - int(current.read())
+            left = int(limit.read()) - int(current.read())
+        with open(f"{group}/memory.stat") as file:  # what is only kept from files is given back when it is needed
+            return left + sum(int(line.split()[1]) for line in file if line.split()[0] == "inactive_file")
     except (OSError, ValueError, StopIteration):  # version 1, no such controller, or "max"
         return 1 << 62

@@ -86,7 +86,7 @@ class Templates:
             idle = [number for number in reversed(self._templates) if not self._users.get(number)]
             for position, number in enumerate(idle):
                 room -= self._templates[number].resident()
-                if position >= _KEPT or room < 0:
+                if position >= _KEPT or (position and room < 0):  # never the newest: it is about to be used
                     surplus.append(self._templates.pop(number))
         for template in surplus:
             template.close()
