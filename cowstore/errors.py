@@ -168,7 +168,9 @@ class GuestError(MachineError):
     """
 
     def __init__(self, machine: str, step: str, reason: str, *, hint: str = "") -> None:
-        said = "".join(letter if letter.isprintable() else "?" for letter in reason)  # a guest may have said it
+        said = "".join(
+            letter if letter.isprintable() else "?" for letter in reason[:500]
+        )  # a guest may have said it
         super().__init__(f"the guest of {machine}: {step}: {said}", hint=hint)
         self.machine = machine
         self.step = step

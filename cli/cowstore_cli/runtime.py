@@ -134,5 +134,5 @@ def _last_line(place: Path) -> str:
 def _not_started(place: Path) -> cowstore.MachineError:
     return cowstore.MachineError(
         f"no server for machines could be started: {_last_line(place)}",
-        hint="a server that is running has machines if it was started without names and at a Unix socket",
+        hint="a server that runs has machines if it was started without names, --socket and --tcp",
     )

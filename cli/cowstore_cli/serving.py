@@ -57,8 +57,8 @@ def serve(
     unless another place is named. With --tls-cert, --tls-key and --tls-ca every client needs a certificate of the
     same authority. SIGTERM answers what was asked, flushes, and ends.
 
-    At a Unix socket, and with all devices, it also answers for the store's running machines (`cowstore vm`). They
-    go on when it ends, and wait for their disks until it is back.
+    At its own place, and with all devices, it also answers for the store's running machines (`cowstore vm`). They
+    go on when it ends, and wait for their disks until it is back there.
     """
     logging.basicConfig(format="cowstore: %(message)s", level=logging.WARNING)
     if path is not None and tcp is not None:
@@ -104,7 +104,7 @@ def _run(
     server.start()
     vms = None
     try:
-        if tls is None and not names and listeners[0].is_unix:
+        if not names and listeners[0].path == runtime.directory(store.path) / runtime.NBD:
             vms = _Machines(store, server)
         _announce(store, server, tls is not None, as_json)
         _watch(server, Path(metrics) if metrics else None, _Idleness(server, vms, idle))

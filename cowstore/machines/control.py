@@ -44,6 +44,8 @@ class Client:
             with sock.makefile("rwb") as file:
                 send(cast("BinaryIO", file), message)
                 for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # half an answer: it went in the middle of it
                     message = json.loads(line)
                     if "step" in message:
                         progress(*message["step"])

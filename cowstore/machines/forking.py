@@ -120,19 +120,26 @@ class Parent:
                 f"machine type {self.configuration.machine} of checkpoint {self.checkpoint.name} is none here",
                 hint="fork it where it was taken",
             )
-        check_wish(self.checkpoint.name, wish, count, agent=self.agent)
+        lacking = "" if self.agent else "it had no agent when the checkpoint was taken"
+        check_wish(self.checkpoint.name, wish, count, lacking)
 
 
-def check_wish(source: str, wish: Wish, count: int, *, agent: bool) -> None:
+def check_wish(source: str, wish: Wish, count: int, lacking: str) -> None:
     """Refuses what cannot be had of a machine or checkpoint, whatever else it is like.
+
+    Args:
+        source: Its name.
+        wish: How its children are to be.
+        count: How many.
+        lacking: Why it has no agent; empty where it has one.
 
     Raises:
         GuestError: Its guest has no agent, and its children are to get an identity or a hook.
         MachineError: There is no memory left for so many.
     """
-    if (wish.identity or wish.hook) and not agent:
+    if (wish.identity or wish.hook) and lacking:
         raise GuestError(
-            source, "identity", "it has no agent",
+            source, "identity", lacking,
             hint="install qemu-guest-agent in it, or fork with --identity none and without a hook",
         )  # fmt: skip
     check_room(count * _CHILD_BYTES, f"{count} children of {source}")

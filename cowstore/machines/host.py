@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -254,10 +253,10 @@ class Host:
     def _check_unneeded(self, name: str) -> None:
         what = f"checkpoint {name!r}"
         if name in self._kept:
-            raise InUseError(what, os.getpid(), hint="it is being forked: wait until that is done")
+            raise InUseError(what, hint="it is being forked: wait until that is done")
         children = [one.name for one in self.registry.all() if one.checkpoint == name]
         if children:
-            raise InUseError(what, os.getpid(), hint=f"stop its children first: {', '.join(children[:5])}")
+            raise InUseError(what, hint=f"stop its children first: {', '.join(children[:5])}")
 
     def close(self) -> None:
         """Lets go of everything; machines go on."""

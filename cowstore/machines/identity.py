@@ -147,8 +147,8 @@ def set_clock(agent: Agent, machine: str) -> None:
         refused = f": {error}"
     before = time.time()
     told = agent.number("get-time") / 1e9
-    off = max(before - told, told - time.time(), 0.0)  # it was so late at some time while it was asked
-    if off > _CLOCK_SECONDS:
+    off = min(told - before, 0.0) or max(told - time.time(), 0.0)  # it may be any time while it was asked
+    if abs(off) > _CLOCK_SECONDS:
         raise GuestError(machine, "clock", f"it is {off:.1f} s off after it was set{refused}")
 
 

@@ -51,6 +51,7 @@ class Keeper:
                 for key, _ in selector.select(_LOOK_SECONDS):
                     if key.fileobj is self._wake:
                         if not self._wake.recv(64):
+                            _close(selector)
                             return
                         gone += self._take(selector)
                     else:
@@ -83,6 +84,13 @@ class Keeper:
         self._waker.close()
         self._thread.join()
         self._wake.close()
+
+
+def _close(selector: selectors.BaseSelector) -> None:
+    """Closes the descriptors of processes that go on."""
+    for key in list(selector.get_map().values()):
+        if key.data is not None:
+            os.close(key.fd)
 
 
 def _reap(fd: int) -> None:

@@ -250,7 +250,8 @@ class Manager:
 
     def _taken(self, source: str, name: str, wish: Wish, count: int, progress: Progress) -> Checkpoint:
         with self._host.alone(source) as machine:
-            forking.check_wish(source, wish, count, agent=self._host.running(machine).has_agent())
+            lacking = "" if self._host.running(machine).has_agent() else "it has no agent"
+            forking.check_wish(source, wish, count, lacking)
             # Its disks are never without its memory, so their file systems need not be frozen, and thawed in each
             # child.
             return checkpointing.take(

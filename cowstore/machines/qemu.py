@@ -394,7 +394,7 @@ def _said(directory: Path) -> str:
         text = (directory / LOG).read_bytes()[-_TAIL:].decode(errors="replace").strip()
     except OSError:
         return ""
-    return text.removeprefix("qemu-system-x86_64: ")
+    return "QEMU said: " + "; ".join(text.splitlines()) if text else ""
 
 
 def _processes() -> list[int]:

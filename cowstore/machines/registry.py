@@ -102,7 +102,7 @@ class Machine:
     @property
     def is_alive(self) -> bool:
         """Whether its process still runs."""
-        return self.pid != 0 and self.boot == boot_id() and process_start(self.pid) == self.started
+        return self.pid != 0 and self.boot == boot_id() and 0 <= process_start(self.pid) == self.started
 
 
 class Registry:

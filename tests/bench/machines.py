@@ -151,7 +151,9 @@ class _Whole:
     def child(self) -> float:
         """Starts one and ends it; seconds until it ran."""
         folder = Path(tempfile.mkdtemp(dir=self._place))
-        launch = Launch("whole", self._configuration, folder, self._place / "nbd.sock", "auto", self._nic)
+        launch = Launch(
+            "whole", self._configuration, folder, self._place / "nbd.sock", ("whole",), "auto", self._nic
+        )
         begun = time.perf_counter()
         running = _started(launch, self._file)
         while running.status() == "inmigrate":
@@ -211,7 +213,7 @@ def _changed(bench: Bench, manager: Manager) -> None:
             pages = manager.checkpoint(child.name, name, freezing=False).pages
             times.append(time.perf_counter() - begun)
             manager.stop(child.name)
-            manager.delete_checkpoint(name)
+            manager.delete_checkpoints(name)
         figure = f"checkpoint of a child with {pages:,} pages of its own"
         if wanted == 1000:
             bench.within(figure, Sample(tuple(times)), 0.1, note="without freezing, which is the guest's time")
@@ -229,7 +231,7 @@ def _frozen(bench: Bench, manager: Manager) -> None:
             manager.checkpoint(child.name, f"frozen-{turn}")
         times.append(watch.seconds)
         manager.stop(child.name)
-        manager.delete_checkpoint(f"frozen-{turn}")
+        manager.delete_checkpoints(f"frozen-{turn}")
     bench.fact("the same with 1,000 pages written, frozen and thawed", Sample(tuple(times)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,12 +27,34 @@ SOON_S = 60
 NEW, SAME = Wish(), Wish(identity=False)
 
 
-def short_folder() -> Path:
-    """A place for a store and for sockets, in memory where there is a place for files in memory."""
+# Whose command line has the folder's name belongs to it; nothing else has that name.
+_GUARD = """\
+read -r _
+for process in /proc/[0-9]*; do
+    grep -qsF "$FOLDER" "$process/cmdline" && [ "$process" != "/proc/$$" ] && kill -KILL "${process#/proc/}"
+done
+rm -rf "$FOLDER"
+"""
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A place for a store and for sockets, in memory where there is a place for files in memory.
+
+    It is removed, and the machines in it are ended, also where the tests are killed: then a pipe ends.
+    """
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="cowstore-vm-", dir=shared))
     folder.chmod(0o700)
-    return folder
+    environment = {**os.environ, "FOLDER": str(folder)}
+    words = ["/bin/sh", "-c", _GUARD]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, env=environment, start_new_session=True) as guard:
+        try:
+            yield folder
+        finally:
+            end_all(folder)
+            shutil.rmtree(folder)
+            guard.kill()
 
 
 def configuration(parts: Parts, *disks: str, **changes: Any) -> Configuration:
@@ -119,12 +142,12 @@ class Desk:
         """What a script in a guest says."""
         done = self.manager.run(name, ["/bin/sh", "-c", script])
         assert done.status == status, done
-        return done.output.decode().strip()
+        return done.output.decode(errors="replace").strip()
 
     def fork(self, source: str, count: int = 1, wish: Wish = NEW, prefix: str = "") -> list[str]:
         """The names of children, all of which came up."""
         children = self.manager.fork(source, count, wish=wish, prefix=prefix)
-        assert not [child.error for child in children if child.error]
+        assert not errors_of(children), errors_of(children)
         return [child.name for child in children]
 
     @contextmanager
@@ -176,16 +199,12 @@ class Desk:
 @contextmanager
 def desk() -> Iterator[Desk]:
     """A desk in a folder of its own, and nothing of it afterwards."""
-    folder = short_folder()
-    try:
+    with short_folder() as folder:
         made = Desk(folder)
         try:
             yield made
         finally:
             made.clean()
-    finally:
-        end_all(folder)
-        shutil.rmtree(folder)
 
 
 def errors_of(children: list[Child]) -> list[str]:
