@@ -10,7 +10,18 @@ import numpy as np
 from . import catalog, slots, tree
 from .digest import BLOCK_SIZE
 from .environment import Snapshot
-from .layout import DOOMED, FREE, IMAGE, RESERVED, SLOTS_PER_SEGMENT, USED, DeviceRecord, Root
+from .layout import (
+    DOOMED,
+    FREE,
+    IMAGE,
+    RESERVED,
+    SLOT_BITS,
+    SLOT_MASK,
+    SLOTS_PER_SEGMENT,
+    USED,
+    DeviceRecord,
+    Root,
+)
 from .marks import Marks
 from .owners import Owners
 from .segments import Segments
@@ -193,14 +204,22 @@ def memories(snapshot: Snapshot, segments: Segments) -> tuple[MemoryUsage, ...]:
         one.root for number, one in records.items()
         if (one.visible or number in kept) and not catalog.is_gone(one)
     ]  # fmt: skip
-    on_disk = np.unique(np.concatenate([_ids(segments, root) for root in set(disks)] or [_NO_IDS]))
+    marks = Marks(segments)  # each node is entered once, however many clones have it
+    marks.mark(disks)
     pages = [_ids(segments, records[one.memory].root) for one in checkpoints]
     known, times = np.unique(np.concatenate([np.unique(ids) for ids in pages]), return_counts=True)
     several = known[times > 1]
     return tuple(
-        MemoryUsage(one.name, len(ids), int(np.isin(ids, on_disk).sum()), int(np.isin(ids, several).sum()))
+        MemoryUsage(one.name, len(ids), _reached(marks, ids), int(np.isin(ids, several).sum()))
         for one, ids in zip(checkpoints, pages, strict=True)
     )
+
+
+def _reached(marks: Marks, ids: tree.Ids) -> int:
+    """How many of some ids, one for each place, the marks have reached."""
+    numbers = ids >> np.uint64(SLOT_BITS)
+    at = (ids & np.uint64(SLOT_MASK)).astype(np.intp)
+    return sum(int(marks.reached(number)[at[numbers == number]].sum()) for number in np.unique(numbers).tolist())
 
 
 def _ids(segments: Segments, root: Root) -> tree.Ids:

@@ -129,10 +129,10 @@ def take(
         capture.take()
         if not last:
             still.end()
-        _take_in(pending, capture, state, machine.moment, progress)
+        _take_in(pending, capture, state, machine.checkpoint_number, progress)
         checkpoint = pending.publish(name, facts(host, machine, still), automatic=automatic)
         moment = Moment(checkpoint, still.seconds, len(capture.pages), still.frozen)
-        if not machine.moment:  # all of its memory is its own, so what was captured is all there is
+        if not machine.checkpoint_number:  # all of its memory is its own, so what was captured is all there is
             host.templates.put(checkpoint.number, Template.seal(capture.detach(), size))
         return moment
     except BaseException:

@@ -349,7 +349,7 @@ def origin(host: Host, machine: Machine, wish: Wish) -> Parent:
         checkpoint = host.store.checkpoints.info(machine.checkpoint)
     except NotFoundError as error:
         raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} is gone") from error
-    if checkpoint.number != machine.moment:
+    if checkpoint.number != machine.checkpoint_number:
         raise MachineError(f"checkpoint {machine.checkpoint} of {machine.name} was replaced by another")
     parent = Parent.of(checkpoint)
     parent.check(host, wish, 1)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cowstore.errors import InUseError, MachineError, NotFoundError, StoreError
 
-from . import qemu
 from .agent import Agent
-from .hypervisor import Hypervisor, Running
-from .registry import Machine, Registry, boot_id, process_start
+from .hypervisor import AGENT, Hypervisor, Running
+from .processes import boot_id, kill, process_start, reap
+from .registry import Machine, Registry
 from .stores import Checkpoint, Disks, Store
 from .templates import Templates
 
@@ -68,7 +68,7 @@ class Host:
             self.drop_unneeded()
 
     def _children_of(self, number: int) -> list[int]:
-        return [one.pid for one in self.registry.all() if one.moment == number and one.is_alive]
+        return [one.pid for one in self.registry.all() if one.checkpoint_number == number and one.is_alive]
 
     @contextmanager
     def alone(self, name: str, key: str = "") -> Iterator[Machine]:
@@ -145,7 +145,7 @@ class Host:
         with attaching:
             agent = self._agents.get(machine.key)
             if agent is None:
-                agent = Agent(machine.name, self.registry.directory(machine) / qemu.AGENT)
+                agent = Agent(machine.name, self.registry.directory(machine) / AGENT)
                 self._agents[machine.key] = agent
         return agent
 
@@ -161,10 +161,10 @@ class Host:
                     self.running(machine).quit()
                     wait_ended(machine, _END_SECONDS)
             if machine.is_alive:
-                qemu.kill(machine.pid)
+                kill(machine.pid)
                 wait_ended(machine, _END_SECONDS)
         if machine.pid:
-            qemu.reap(machine.pid)
+            reap(machine.pid)
         with self._lock:
             running = self._running.pop(machine.key, None)
         if running is not None:
@@ -173,7 +173,7 @@ class Host:
     def kill(self, machine: Machine) -> None:
         """Ends a machine's process, whoever is at work on it."""
         if machine.is_alive:
-            qemu.kill(machine.pid)
+            kill(machine.pid)
 
     def retire(self, machine: Machine) -> None:
         """Removes what a machine that has ended leaves: its record, and its disks where they go with it.

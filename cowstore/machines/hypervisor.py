@@ -9,6 +9,10 @@ from typing import Protocol
 
 from .configuration import Configuration
 
+AGENT, CONSOLE, QMP = "agent.sock", "console.sock", "qmp.sock"
+CONSOLE_LOG, LOG = "console.log", "hypervisor.log"
+"""What a machine's directory has: sockets of the agent's port, the console and a monitor, and what was said."""
+
 
 @dataclass(frozen=True)
 class Nic:

@@ -22,10 +22,11 @@ from .checkpointing import Moment
 from .configuration import Configuration
 from .forking import Child, Parent, Wish
 from .host import Host, wait_ended
-from .hypervisor import Hypervisor, Launch, Nic
+from .hypervisor import CONSOLE, CONSOLE_LOG, LOG, QMP, Hypervisor, Launch, Nic
 from .identity import fresh_mac
 from .keeper import Keeper
 from .pages import PAGE_SIZE, own_pages
+from .processes import kill
 from .registry import Machine
 from .stores import Checkpoint, Disks, Progress, Store, no_progress
 from .template import check_room
@@ -115,7 +116,7 @@ class Manager:
     def _sweep(self, directory: Path) -> None:
         """Ends processes that were being started when their manager died."""
         for pid in self._host.hypervisor.find(directory):
-            qemu.kill(pid)
+            kill(pid)
 
     def _retire(self, machine: Machine) -> None:
         try:
@@ -142,7 +143,7 @@ class Manager:
     def _cut_logs(self) -> None:
         """Sets the console logs aside that have become too long: what a guest says must not fill the host."""
         for machine in self._host.registry.all():
-            for name in (qemu.CONSOLE_LOG, qemu.LOG):
+            for name in (CONSOLE_LOG, LOG):
                 log = self._host.registry.directory(machine) / name
                 with suppress(OSError):  # it may have just ended
                     if log.stat().st_size > _LOG_BYTES:
@@ -377,8 +378,8 @@ class Manager:
             machine.created, machine.disposable,
             {"size": one.memory, "private_bytes": self._private_bytes(machine)},
             [{"name": disk, "own_bytes": own.get(disk, 0)} for disk in one.disks],
-            None if identity is None else identity.facts(), one.facts(), str(directory / qemu.CONSOLE_LOG),
-            str(directory / qemu.CONSOLE), str(directory / qemu.QMP),
+            None if identity is None else identity.facts(), one.facts(), str(directory / CONSOLE_LOG),
+            str(directory / CONSOLE), str(directory / QMP),
         )  # fmt: skip
 
     def _state(self, machine: Machine) -> str:

@@ -33,13 +33,13 @@ from typing import Any
 from cowstore.errors import InvalidError, MachineError, NotFoundError
 
 from .configuration import MIB, Configuration
-from .hypervisor import Launch, Nic
+from .hypervisor import AGENT, CONSOLE, CONSOLE_LOG, LOG, QMP, Launch, Nic
 from .monitor import Monitor
 from .pages import copy_process, write_process
+from .processes import kill
 
 PROGRAM = "qemu-system-x86_64"
 AGENT_PORT = "org.qemu.guest_agent.0"
-CONSOLE, CONSOLE_LOG, LOG, QMP, AGENT = "console.sock", "console.log", "qemu.log", "qmp.sock", "agent.sock"
 _CONTROL = "control.sock"  # a monitor of the manager's own: whoever talks to QMP keeps nobody waiting
 _RECONNECT_SECONDS = 86_400  # how long requests to the disks wait for a server to come back
 _START_SECONDS = 60.0
@@ -406,19 +406,3 @@ def _command_line_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def reap(pid: int) -> None:
-    """Takes the exit status of a child that has ended; harmless for any other process."""
-    try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        pass
-
-
-def kill(pid: int) -> None:
-    """Ends a process at once; harmless where it is gone."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -7,7 +7,6 @@ that is on record as being started is known to nobody yet; whoever finds one aft
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from cowstore.errors import ExistsError, InUseError, InvalidError, NotFoundError
 from .configuration import Configuration
 from .hypervisor import Nic
 from .identity import Identity
+from .processes import boot_id, process_start
 
 _log = logging.getLogger("cowstore.machines")
 _RECORD, _LOCK = "machine.json", "lock"
@@ -42,7 +42,7 @@ class Machine:
         created: When it was asked for, seconds since 1970.
         parent: The machine or checkpoint that it was forked from; empty where it was started.
         checkpoint: The checkpoint whose memory it maps; empty where it was started.
-        moment: That checkpoint's number, 0 for none.
+        checkpoint_number: That checkpoint's number, 0 for none.
         disposable: Whether its disks go with it.
         identity: What it was made to be; None where it was left as its parent.
         generation: The GUID by which its guest is told of forks.
@@ -63,7 +63,7 @@ class Machine:
     disks: tuple[int, ...] = ()
     parent: str = ""
     checkpoint: str = ""
-    moment: int = 0
+    checkpoint_number: int = 0
     disposable: bool = False
     identity: Identity | None = None
     generation: str = ""
@@ -230,22 +230,3 @@ def _private(directory: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise StoreError(f"{directory} is not private to this user", hint="remove it, or name another place")
     return directory.resolve()
-
-
-@functools.cache
-def boot_id() -> str:
-    """What the host calls the time since it booted."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def process_start(pid: int) -> int:
-    """When a process began, in clock ticks since the boot; -1 where it has ended.
-
-    Source: proc(5), field 22 of /proc/PID/stat.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return -1
-    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])

@@ -15,7 +15,8 @@ from cowstore.errors import ExistsError, InvalidError, NotFoundError, StoreError
 from cowstore.machines import Configuration
 from cowstore.machines.hypervisor import Nic
 from cowstore.machines.identity import Identity
-from cowstore.machines.registry import Machine, Registry, boot_id, process_start
+from cowstore.machines.processes import boot_id, process_start
+from cowstore.machines.registry import Machine, Registry
 
 from .desk import Desk, desk
 
