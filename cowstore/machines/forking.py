@@ -17,7 +17,7 @@ from .checkpointing import thaw_by
 from .configuration import Configuration, processor
 from .host import Host
 from .hypervisor import Launch, Nic, Running
-from .identity import Identity
+from .identity import Identity, fresh_mac
 from .registry import Machine
 from .stores import Checkpoint, Progress
 from .template import check_room
@@ -207,7 +207,7 @@ def register(host: Host, parent: Parent, names: Sequence[str], source: str, wish
     machines: list[Machine] = []
     try:
         for name in names:
-            machines.append(host.registry.add(_child(parent, name, source, wish)))  # noqa: PERF401 - one may fail
+            machines.append(host.registry.add(_child(host, parent, name, source, wish)))  # noqa: PERF401 - one may fail
     except BaseException:
         for machine in machines:
             host.registry.remove(machine)
@@ -215,9 +215,10 @@ def register(host: Host, parent: Parent, names: Sequence[str], source: str, wish
     return machines
 
 
-def _child(parent: Parent, name: str, source: str, wish: Wish) -> Machine:
+def _child(host: Host, parent: Parent, name: str, source: str, wish: Wish) -> Machine:
     disks = disk_names(name, len(parent.configuration.disks))
-    identity = Identity.make(name, nic=parent.nic is not None) if wish.identity else None
+    mac = fresh_mac(host.registry.macs()) if parent.nic else ""
+    identity = Identity.make(name, mac) if wish.identity else None
     return Machine(
         "", name, parent.configuration.with_disks(disks), time.time(), (), source, parent.checkpoint.name,
         parent.checkpoint.number, disposable=True, identity=identity, nic=parent.nic,

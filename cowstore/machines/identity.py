@@ -10,6 +10,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -76,19 +77,22 @@ class Identity:
     mac: str = ""
 
     @classmethod
-    def make(cls, name: str, *, nic: bool) -> Self:
-        """A fresh one, for a machine of that name."""
+    def make(cls, name: str, mac: str) -> Self:
+        """A fresh one, for a machine of that name and with that address; without one where there is no card."""
         hostname = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")[:63].rstrip("-") or "machine"
-        return cls(hostname, uuid.uuid4().hex, str(uuid.uuid4()), fresh_mac() if nic else "")
+        return cls(hostname, uuid.uuid4().hex, str(uuid.uuid4()), mac)
 
     def facts(self) -> dict[str, Any]:
         """The same for JSON."""
         return asdict(self)
 
 
-def fresh_mac() -> str:
-    """An address of QEMU's own range, by chance."""
-    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in os.urandom(3))
+def fresh_mac(taken: Collection[str]) -> str:
+    """An address of QEMU's own range, by chance, that nobody has."""
+    while True:
+        mac = "52:54:00:" + ":".join(f"{byte:02x}" for byte in os.urandom(3))
+        if mac not in taken:
+            return mac
 
 
 def apply(agent: Agent, machine: str, identity: Identity, former_mac: str) -> None:

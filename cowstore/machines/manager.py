@@ -165,7 +165,7 @@ class Manager:
         configuration = host.hypervisor.settled(configuration)
         configuration.check()
         check_room(configuration.memory, f"machine {name}")
-        nic = Nic(configuration.nic, 0, fresh_mac()) if configuration.nic else None
+        nic = Nic(configuration.nic, 0, fresh_mac(host.registry.macs())) if configuration.nic else None
         with self._naming:
             numbers = self._check_disks(configuration.disks)
             self._check_name(name)

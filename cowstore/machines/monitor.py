@@ -8,6 +8,7 @@ Source: docs/interop/qmp-spec.rst of QEMU.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -20,24 +21,60 @@ try:
 except ImportError as error:  # pragma: no cover - says what to install
     raise NotFoundError("package", "qemu.qmp", hint="pip install 'cowstore[vm]'") from error
 
+_log = logging.getLogger("cowstore.machines")
 _Result = TypeVar("_Result")
 _COMMAND_SECONDS = 30.0
 
 
 class _Loop:
-    """The event loop of all monitors of this process, in a thread that is started when it is first needed."""
+    """The event loop of all monitors of this process, in a thread that is there while any monitor is."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread()
+
+    def enter(self) -> None:
+        """One monitor more."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                loop = self._loop = asyncio.new_event_loop()
+                loop.set_exception_handler(_note)
+                self._thread = threading.Thread(target=loop.run_forever, name="cowstore-qmp", daemon=True)
+                self._thread.start()
+
+    def leave(self) -> None:
+        """One monitor less; the last one ends the thread."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._loop is not None:
+                self.run(_wind_up())
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+                self._loop = None
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """Runs to the end, in the loop's thread."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="cowstore-qmp", daemon=True).start()
+        """Runs to the end, in the loop's thread; for who has entered."""
+        assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _wind_up() -> None:
+    """Ends what connections have left, and lets their sockets be closed."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    for _ in range(3):  # a transport that is closed closes its socket in its next turn
+        await asyncio.sleep(0)
+
+
+def _note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a connection leaves that was lost: whoever used it was told already."""
+    _log.debug("%s: %s", context.get("message"), context.get("exception"))
 
 
 _loop = _Loop()
@@ -61,12 +98,17 @@ class Monitor:
     def __init__(self, name: str, path: Path, seconds: float) -> None:
         self.lost = False
         self._name = name
+        self._open = True
+        _loop.enter()
         self._client = QMPClient(name)
         self._events = EventListener(("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR"))
         try:
             _loop.run(asyncio.wait_for(self._connect(path), seconds))
-        except (QMPError, OSError) as error:
-            raise MachineError(f"machine {name} does not answer: {_reason(error)}") from error
+        except BaseException as error:
+            self.close()
+            if isinstance(error, QMPError | OSError):
+                raise MachineError(f"machine {name} does not answer: {_reason(error)}") from error
+            raise
 
     async def _connect(self, path: Path) -> None:
         self._client.register_listener(self._events)
@@ -114,11 +156,16 @@ class Monitor:
             raise MachineError(f"the guest of {self._name} has not let go of {device} in {seconds:g} s") from None
 
     def close(self) -> None:
-        """Ends the connection; QEMU goes on."""
+        """Ends the connection; QEMU goes on. Harmless when done twice."""
+        if not self._open:
+            return
+        self._open = False
         try:
             _loop.run(asyncio.wait_for(self._client.disconnect(), 5))
         except (QMPError, OSError, EOFError):
             pass  # it is gone already
+        finally:
+            _loop.leave()
 
 
 def _reason(error: Exception) -> str:

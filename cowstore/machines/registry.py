@@ -169,6 +169,11 @@ class Registry:
             raise NotFoundError("machine", name, hint="`cowstore vm ls` shows all that run")
         return found
 
+    def macs(self) -> set[str]:
+        """The addresses of all machines."""
+        given = [one.identity.mac for one in self.all() if one.identity]
+        return {*given, *(one.nic.mac for one in self.all() if one.nic)}
+
     def has(self, name: str) -> bool:
         """Whether there is a machine of that name."""
         with self._lock:

@@ -46,17 +46,21 @@ class Fake:
      ("a" * 62 + "-b", "a" * 62)],
 )  # fmt: skip
 def test_names_of_hosts(name, hostname):
-    assert Identity.make(name, nic=False).hostname == hostname
+    assert Identity.make(name, "").hostname == hostname
 
 
 def test_no_two_are_alike():
-    made = [Identity.make("x", nic=True) for _ in range(200)]
+    made = [Identity.make("x", fresh_mac(())) for _ in range(200)]
     for what in ("machine_id", "generation"):
         assert len({getattr(one, what) for one in made}) == 200
     assert all(re.fullmatch("[0-9a-f]{32}", one.machine_id) for one in made)
-    assert len({fresh_mac() for _ in range(200)}) >= 199
+    taken: set[str] = set()
+    for _ in range(200):
+        mac = fresh_mac(taken)
+        assert mac not in taken
+        taken.add(mac)
     assert all(re.fullmatch("52:54:00(:[0-9a-f]{2}){3}", one.mac) for one in made)
-    assert not Identity.make("x", nic=False).mac
+    assert not Identity.make("x", "").mac
 
 
 def test_what_a_guest_says_is_believed():
@@ -110,7 +114,7 @@ def test_clocks():
     set_clock(Fake(off=1), "desk")  # type: ignore[arg-type]
     set_clock(Fake(refuses=True), "desk")  # type: ignore[arg-type]
     for off in (-3600, 60):
-        with pytest.raises(GuestError, match=rf"clock: it is {abs(off)}\.\d s off"):
+        with pytest.raises(GuestError, match=rf"clock: it is {off}\.\d s off"):
             set_clock(Fake(off=off), "desk")  # type: ignore[arg-type]
     with pytest.raises(GuestError, match="no clock here"):
         set_clock(Fake(off=60, refuses=True), "desk")  # type: ignore[arg-type]
@@ -129,3 +133,9 @@ def test_hooks():
     with pytest.raises(GuestError) as refused:
         run_hook(Fake(Outcome(5, b"o" * 10_000, b"")), "desk", b"x", ONE, "p")  # type: ignore[arg-type]
     assert len(str(refused.value)) < 1000
+
+
+def test_an_address_that_somebody_has_is_not_given_again(monkeypatch):
+    drawn = iter([b"\1\2\3", b"\1\2\3", b"\4\5\6"])
+    monkeypatch.setattr("cowstore.machines.identity.os.urandom", lambda _: next(drawn))
+    assert fresh_mac({"52:54:00:01:02:03"}) == "52:54:00:04:05:06"
