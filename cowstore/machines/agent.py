@@ -115,11 +115,15 @@ class Agent:
         return answer
 
     def tell(self, command: str, **arguments: Any) -> None:
-        """Has the agent do something that it does not answer, as it goes down with the guest."""
-        try:
-            self._send(f"guest-{command}", arguments)
-        except OSError as error:
-            raise self._error(command, str(error)) from error
+        """Has the agent do something that it does not answer where it works, as it goes down with the guest."""
+        with self._turn:
+            try:
+                if not self._in_step:
+                    self._sync()
+                self._in_step = False
+                self._send(f"guest-{command}", arguments)
+            except OSError as error:
+                raise self._error(command, str(error)) from error
 
     # Programs.
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cowstore.errors import ExistsError, InUseError, InvalidError, MachineError, NotFoundError, StoreError
+from cowstore.errors import (
+    ExistsError,
+    GuestError,
+    InUseError,
+    InvalidError,
+    MachineError,
+    NotFoundError,
+    StoreError,
+)
 
 from . import checkpointing, forking, qemu
 from .agent import Outcome
@@ -33,6 +41,7 @@ from .template import check_room
 
 _log = logging.getLogger("cowstore.machines")
 _EXEC_SECONDS = 60.0
+_AGENT_SECONDS = 10.0  # after which a guest that its agent cannot shut down has its power button pressed
 _AUTOMATIC = 100  # letters of a machine's name in the name of a checkpoint that a fork makes
 _LOG_BYTES = 1 << 20  # of a console; as many are kept in a second file, both in memory where the directory is
 
@@ -331,24 +340,28 @@ class Manager:
         Raises:
             MachineError: The guest did not shut down in time; it goes on.
         """
-        if not seconds or self._host.registry.get(name).disposable:
-            self._host.kill(self._host.registry.get(name))  # whoever is at work on it need not go on
-        with self._host.alone(name) as machine:
-            if seconds and machine.is_alive and not machine.disposable:
-                self._ask_to_shut_down(machine)
-                if not wait_ended(machine, seconds):
-                    raise MachineError(
-                        f"the guest of {name} has not shut down within {seconds:g} s", hint="stop it with --now"
-                    )
+        machine = self._host.registry.get(name)
+        if not seconds or machine.disposable:
+            self._host.kill(machine)  # whoever is at work on it need not go on
+        with suppress(NotFoundError), self._host.alone(name, machine.key) as machine:  # or it is gone by now
+            shutting = seconds and machine.is_alive and not machine.disposable
+            if shutting and not self._shut_down(machine, seconds):
+                raise MachineError(
+                    f"the guest of {name} has not shut down within {seconds:g} s", hint="stop it with --now"
+                )
             self._end(machine, gently=not machine.disposable)
 
-    def _ask_to_shut_down(self, machine: Machine) -> None:
-        """By the agent, where there is one; by the button otherwise."""
-        running = self._host.running(machine)
-        if not running.has_agent():
+    def _shut_down(self, machine: Machine, seconds: float) -> bool:
+        """Has the guest shut down, by its agent where there is one, and by the button; whether it has, in time."""
+        running, deadline = self._host.running(machine), time.monotonic() + seconds
+        if running.has_agent():
+            with suppress(GuestError):
+                self._host.agent(machine).tell("shutdown")
+                if wait_ended(machine, min(seconds, _AGENT_SECONDS)):
+                    return True
+        with suppress(MachineError):  # it may be down by now
             running.power_down()
-            return
-        self._host.agent(machine).tell("shutdown")
+        return wait_ended(machine, deadline - time.monotonic())
 
     def _end(self, machine: Machine, *, gently: bool) -> None:
         self._host.end(machine, gently=gently)

@@ -228,10 +228,10 @@ def _frozen(bench: Bench, manager: Manager) -> None:
         (child,) = manager.fork("moment", 1, prefix="frozen-", wish=AS_IT_IS)
         _write_pages(manager, child.name, 1000)
         with clock() as watch:
-            manager.checkpoint(child.name, f"frozen-{turn}")
+            manager.checkpoint(child.name, f"when-frozen-{turn}")
         times.append(watch.seconds)
         manager.stop(child.name)
-        manager.delete_checkpoints(f"frozen-{turn}")
+        manager.delete_checkpoints(f"when-frozen-{turn}")
     bench.fact("the same with 1,000 pages written, frozen and thawed", Sample(tuple(times)))
 
 
@@ -244,7 +244,7 @@ def _write_pages(manager: Manager, name: str, pages: int) -> None:
 
 def _private(bench: Bench, manager: Manager) -> None:
     """What a child takes for itself of the host's memory, against what it has written."""
-    written, parts = 5000, []
+    written, parts = 16_000, []  # so many that what the writing program needs itself is little beside it
     for _ in range(bench.pick(3, 1)):
         (child,) = manager.fork("moment", 1, prefix="private-", wish=AS_IT_IS)
         before = manager.info(child.name).memory["private_bytes"]
