@@ -100,3 +100,21 @@ def test_what_is_not_known_to_be_harmless_is_refused(words):
 def test_facts_that_make_no_sense(facts):
     with pytest.raises(InvalidError, match="makes no sense"):
         Configuration.read(facts)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("-device", "virtio-rng-pci,driver=e1000"), ("-device", "usb-tablet,driver=ivshmem-plain"),
+     ("-object", "rng-builtin,qom-type=memory-backend-ram,size=1M"), ("-device", "virtio-rng-pci,bus=port0"),
+     ("-device", "virtio-rng-pci,addr=0x10"), ("-device", "virtio-rng-pci,id=nic1"),
+     ("-device", "virtio-rng-pci,rng"), ("-device", '{"driver": "virtio-rng-pci"}')],
+    ids=lambda words: words[1],
+)  # fmt: skip
+def test_a_device_is_no_other_and_in_no_others_place(words):
+    """The last of two drivers wins, in QEMU, so the first word alone says nothing."""
+    with pytest.raises(InvalidError):
+        check_extra(words)
+
+
+def test_objects_have_names_and_devices_properties():
+    check_extra(("-object", "rng-random,id=dice,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=dice"))

@@ -187,8 +187,9 @@ def test_refresh_goes_back_to_the_parents_moment(place):
         place.said(
             child, "echo gone >/run/gone; echo gone >/data/gone; echo mine-x | tee /run/mine >/data/mine; sync"
         )
-        pid = place.manager.info(child).pid
+        pid, identity = place.manager.info(child).pid, place.manager.info(child).identity
         assert not place.manager.refresh(child).error
+        assert place.manager.info(child).identity["generation"] != identity["generation"], "it woke up once more"
         after = Facts(place, child)
         assert place.manager.info(child).pid != pid
         assert (after.hostname, after.machine_id, after.macs) == (before.hostname, before.machine_id, before.macs)
