@@ -137,6 +137,20 @@ def show(session: Session, name: str, as_json: bool) -> None:
 
 
 @click.command()
+@machine_argument()
+@json_option
+@common_options
+@pass_session
+def resume(session: Session, name: str, as_json: bool) -> None:
+    """Have machine NAME go on that stands still: after `io-error`, when the store has room again."""
+    one = runtime.connect(session.path).ask("resume", name=name)
+    if as_json:
+        console.emit(one)
+    else:
+        console.say(f"{name} is {one['state']}")
+
+
+@click.command()
 @machine_argument("names", many=True)
 @click.option("--now", is_flag=True, help="Pull the plug, instead of asking the guest to shut down.")
 @click.option(

@@ -21,6 +21,7 @@ COMMANDS = {
     "checkpoints": "forks:checkpoints",
     "refresh": "forks:refresh",
     "keep": "forks:keep",
+    "resume": "machines:resume",
     "stop": "machines:stop",
     "rm": "forks:rm",
 }

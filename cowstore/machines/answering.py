@@ -89,6 +89,10 @@ class Verbs:
     def _refresh(self, _: Progress, name: str, hook: str) -> Any:
         return self.manager.refresh(name, Wish(hook=base64.b64decode(hook)))
 
+    def _resume(self, _: Progress, name: str) -> Any:
+        self.manager.resume(name)
+        return self.manager.info(name)
+
     def _stop(self, _: Progress, names: list[str], seconds: float) -> Any:
         for name in names:
             self.manager.info(name)  # all of them, or none
@@ -117,6 +121,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "checkpoint": Verbs._checkpoint,
     "keep": Verbs._keep,
     "refresh": Verbs._refresh,
+    "resume": Verbs._resume,
     "stop": Verbs._stop,
     "run": Verbs._run,
     "checkpoints": Verbs._checkpoints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -207,11 +208,19 @@ def thaw_by(agent: Agent) -> None:
 
 
 def let_go(host: Host, machine: Machine) -> None:
-    """Has a machine go on that was left standing still by a process that died."""
+    """Has a machine go on that was left standing still by a process that died.
+
+    Its file systems are thawed in a thread: an agent that does not answer keeps nobody else waiting.
+    """
     with suppress(StoreError, OSError):
         running = host.running(machine)
         if running.status() == "paused":
             running.resume()
-        if running.has_agent():
+        threading.Thread(target=_thaw_left, args=(host, machine), name="cowstore-thaw", daemon=True).start()
+
+
+def _thaw_left(host: Host, machine: Machine) -> None:
+    with suppress(StoreError, OSError), host.alone(machine.name, machine.key):
+        if host.running(machine).has_agent():
             thaw(host, machine)
         host.registry.change(machine, held=False)

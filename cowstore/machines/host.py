@@ -228,6 +228,8 @@ class Host:
 
     def drop_unneeded(self) -> None:
         """Deletes the checkpoints that forks have made and no machine needs any more."""
+        if self.registry.unread:
+            return  # who knows what those need
         for checkpoint in self.store.checkpoints.all():
             if checkpoint.automatic and checkpoint.configuration.get("place") == str(self.registry.place):
                 try:

@@ -42,6 +42,7 @@ from .template import check_room
 _log = logging.getLogger("cowstore.machines")
 _EXEC_SECONDS = 60.0
 _AGENT_SECONDS = 10.0  # after which a guest that its agent cannot shut down has its power button pressed
+_LAST_BYTES = 500  # of what a machine said that has ended by itself
 _AUTOMATIC = 100  # letters of a machine's name in the name of a checkpoint that a fork makes
 _LOG_BYTES = 1 << 20  # of a console; as many are kept in a second file, both in memory where the directory is
 
@@ -138,9 +139,19 @@ class Manager:
         try:
             with self._host.alone(name) as machine:
                 if machine.over or (machine.pid and not machine.is_alive):
+                    self._note_last_words(machine)
                     self._retire(machine)
         except NotFoundError:
             pass  # it was stopped, and everything is gone already
+
+    def _note_last_words(self, machine: Machine) -> None:
+        """Says in the log what a machine said before it ended by itself: its own logs go with it."""
+        for name in (LOG, CONSOLE_LOG):
+            with suppress(OSError):
+                said = (self._host.registry.directory(machine) / name).read_bytes()[-_LAST_BYTES:]
+                text = "".join(letter if letter.isprintable() else " " for letter in said.decode(errors="replace"))
+                if text.strip():
+                    _log.warning("machine %s has ended; its %s ends with: %s", machine.name, name, text.strip())
 
     def _look_around(self) -> None:
         """Now and then: removes what could not be removed before, and cuts logs."""
@@ -350,6 +361,18 @@ class Manager:
                     f"the guest of {name} has not shut down within {seconds:g} s", hint="stop it with --now"
                 )
             self._end(machine, gently=not machine.disposable)
+
+    def resume(self, name: str) -> None:
+        """Has a machine go on that stands still, for example because the store had no room for what it wrote.
+
+        Raises:
+            MachineError: It does not.
+        """
+        with self._host.alone(name) as machine:
+            running = self._host.running(machine)
+            running.resume()
+            if (status := running.status()) != "running":
+                raise MachineError(f"machine {name} is {status} still")
 
     def _shut_down(self, machine: Machine, seconds: float) -> bool:
         """Has the guest shut down, by its agent where there is one, and by the button; whether it has, in time."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from cowstore.errors import ExistsError, InUseError, InvalidError, NotFoundError, StoreError
+from cowstore.errors import ExistsError, InUseError, InvalidError, MachineError, NotFoundError, StoreError
 
 from .configuration import Configuration
 from .hypervisor import Nic
@@ -113,6 +113,7 @@ class Registry:
 
     Attributes:
         place: That directory.
+        unread: Where machines are whose records cannot be read.
 
     Raises:
         InvalidError: Its path is too long for sockets.
@@ -125,6 +126,7 @@ class Registry:
             raise InvalidError(f"{directory} is too long for sockets", hint=f"at most {_PATH_BYTES} bytes")
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
+        self.unread: list[Path] = []
         directory.mkdir(mode=0o700, exist_ok=True)
         self.place = directory = _private(directory)
         self._turn = (directory / _LOCK).open("a+")
@@ -147,6 +149,7 @@ class Registry:
                 continue
             except (OSError, ValueError) as error:
                 _log.error("the record of a machine in %s cannot be read, and it is left alone: %s", place, error)
+                self.unread.append(place)
                 continue
             with self._lock:
                 self._machines[machine.name] = machine
@@ -184,7 +187,13 @@ class Registry:
 
         Raises:
             ExistsError: The name is taken.
+            MachineError: There are machines of which nobody here knows what they have.
         """
+        if self.unread:
+            raise MachineError(
+                f"the record of a machine in {self.unread[0]} cannot be read",
+                hint="use the version of cowstore that has made it, or end its process and remove that directory",
+            )
         machine = replace(machine, key=os.urandom(4).hex())
         with self._lock:
             if machine.name in self._machines:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.program("qemu-system-x86_64", "mke2fs")
 FACTS = """\
 hostname; cat /etc/machine-id /sys/class/net/e*/address; echo --
 for i in 1 2 3 4 5; do cat /proc/sys/kernel/random/uuid; done; echo --
-cat /run/mine /data/mine; echo --; cat /run/trace
+cat /run/mine /data/mine 2>/dev/null; echo; echo --; cat /run/trace
 """
 
 
@@ -199,6 +199,20 @@ def test_refresh_goes_back_to_the_parents_moment(place):
         assert not set(before.uuids) & set(after.uuids)
         with pytest.raises(InvalidError, match="was started and not forked"):
             place.manager.refresh("parent")
+
+
+def test_a_machine_that_stands_still_goes_on_when_it_is_told_to(place):
+    with place.forked("parent", 1, SAME) as (child,):
+        running = place.manager._host.running(place.manager._host.registry.get(child))
+        running.stop()
+        assert place.manager.info(child).state == "paused"
+        with pytest.raises(MachineError, match="is paused, and not running"):
+            place.manager.checkpoint(child, "never")
+        before = place.manager._host.store.checkpoints.all()
+        place.manager.resume(child)
+        assert place.manager.info(child).state == "running"
+        assert place.said(child, "echo back") == "back"
+        assert place.manager._host.store.checkpoints.all() == before
 
 
 def test_keep_makes_a_checkpoint_of_a_child(place):

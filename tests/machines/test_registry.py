@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowstore.errors import ExistsError, InvalidError, NotFoundError, StoreError
+from cowstore.errors import ExistsError, InvalidError, MachineError, NotFoundError, StoreError
 from cowstore.machines import Configuration
 from cowstore.machines.hypervisor import Nic
 from cowstore.machines.identity import Identity
@@ -171,3 +171,16 @@ def test_a_record_of_another_version_is_left_alone(place):
 def test_there_is_one_manager_a_place(place):
     with pytest.raises(StoreError, match="in use"):
         Registry(place.folder / "m")
+
+
+def test_nothing_is_added_beside_a_record_that_cannot_be_read(registry):
+    """Nobody here knows which name and which disks that machine has."""
+    left = registry.place / "0badf00d"
+    left.mkdir()
+    (left / "machine.json").write_text('{"version": "of tomorrow"}')
+    assert list(registry.load()) == []
+    assert registry.unread == [left]
+    with pytest.raises(MachineError, match=r"0badf00d cannot be read") as refused:
+        registry.add(machine())
+    assert "remove that directory" in refused.value.hint
+    assert left.exists()
