@@ -250,7 +250,13 @@ def fill_hidden(
         fill: Writes it.
     """
     hidden = lineage.start_hidden(start, workshop.reservations.lease_number)
-    job = Import(workshop, hidden, hidden)
+    return _filled(lineage, hidden, Import(workshop, hidden, hidden), fill)
+
+
+def _filled(
+    lineage: Lineage, hidden: DeviceRecord, job: _Job, fill: Callable[[_Job], DeviceRecord]
+) -> DeviceRecord:
+    """What a job makes of a hidden image, which goes where it fails."""
     try:
         record = fill(job)
     except BaseException:
@@ -271,11 +277,4 @@ def _make_image(
     lineage.check_free(image.name)
     hidden = lineage.start_image(image, workshop.reservations.lease_number)
     job = start(workshop, hidden, replace(image, created=hidden.created))
-    try:
-        record = fill(job)
-    except BaseException:
-        job.close()
-        lineage.drop_hidden([hidden.number])
-        raise
-    job.close()
-    return lineage.describe(record)
+    return lineage.describe(_filled(lineage, hidden, job, fill))

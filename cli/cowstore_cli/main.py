@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from cowstore_cli import exits
+from cowstore_cli.groups import LateGroup
 from cowstore_cli.options import common_options
 from cowstore_cli.session import Session
 
@@ -46,20 +46,10 @@ COMMANDS = {
 """Each command and where it lives, in the order of the help: `module:function`."""
 
 
-class CommandLine(click.Group):
-    """A group that imports a command's module when the command is named, and ends every failure in one line."""
+class CommandLine(LateGroup):
+    """All commands; every failure ends in one line."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, in the table's order."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(f"cowstore_cli.{module}"), function)
-        return command
+    table = COMMANDS
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and flush what it printed while a closed pipe can still be told from a failure."""

@@ -16,7 +16,7 @@ from cowstore_cli.console import no_bars
 if TYPE_CHECKING:
     from cowstore.machines import Client
 
-NBD, CONTROL, MACHINES, LOG, ACCELERATORS = "nbd.sock", "control.sock", "m", "server.log", "accelerators.json"
+NBD, CONTROL, MACHINES, LOG, ACCELERATORS = "nbd.sock", "vm.sock", "m", "server.log", "accelerators.json"
 IDLE_SECONDS = 60
 _START_SECONDS = 30.0
 

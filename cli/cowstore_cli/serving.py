@@ -105,7 +105,7 @@ def _run(
     vms = None
     try:
         if not names and listeners[0].path == runtime.directory(store.path) / runtime.NBD:
-            vms = _Machines(store, server)
+            vms = _looked_after(store, server)
         _announce(store, server, tls is not None, as_json)
         _watch(server, Path(metrics) if metrics else None, _Idleness(server, vms, idle))
     finally:
@@ -195,6 +195,15 @@ class _Machines:
         self._control.close()
         if self._verbs is not None:
             self._verbs.manager.close()
+
+
+def _looked_after(store: cowstore.Store, server: Server) -> _Machines | None:
+    """The store's machines; None where they cannot be, since disks are served all the same."""
+    try:
+        return _Machines(store, server)
+    except (cowstore.StoreError, OSError) as error:
+        _log.error("no machines here: %s", error)
+        return None
 
 
 class _Idleness:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from cowstore_cli.groups import LateGroup
 from cowstore_cli.options import Command
 
 COMMANDS = {
@@ -28,20 +28,10 @@ COMMANDS = {
 """Each command and where it lives, in the order of the help: `module:function`."""
 
 
-class Machines(click.Group):
-    """A group that imports a command's module when the command is named."""
+class Machines(LateGroup):
+    """The commands for running machines."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, in the table's order."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(f"cowstore_cli.{module}"), function)
-        return command
+    table = COMMANDS
 
 
 @click.group(cls=Machines)

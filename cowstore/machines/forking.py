@@ -171,7 +171,7 @@ def fork(
     try:
         give_disks(host, checkpoint, machines)
         state = host.store.checkpoints.state(checkpoint.name)
-        with host.templates.held(checkpoint) as template:
+        with host.templates.held(checkpoint, progress) as template:
             birth = Birth(host, parent, wish, template.path, state, begun)
             for child in birth.of(machines):
                 done.append(child)

@@ -234,7 +234,8 @@ class Manager:
             prefix: What their names begin with, before a number that is free; the source's name and a hyphen
                 where it is not given.
             wish: How they are to be; each with an identity of its own where it is not given.
-            progress: Told ("memory", bytes done, bytes in all) and ("fork", children done, children in all).
+            progress: Told ("memory", bytes done, bytes in all) of a checkpoint that is taken, ("template", ...) of
+                a template that is built, and ("fork", children done, children in all).
 
         Returns:
             What became of each; those with an error are gone.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from .pages import Capture
 from .template import Memory
-
-Progress = Callable[[str, int, int], None]
+from .template import Progress as Progress
 
 
 def no_progress(_step: str, _done: int, _total: int) -> None:

@@ -12,13 +12,14 @@ import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 from cowstore.errors import MachineError
 
 from .pages import address_of
 
+Progress = Callable[[str, int, int], None]
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _PIECE = 4 << 20  # bytes that are read at once
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # what is mapped is not counted before it is written
@@ -74,12 +75,13 @@ class Template:
         self.size = size
 
     @classmethod
-    def build(cls, name: str, memory: Memory) -> Self:
+    def build(cls, name: str, memory: Memory, progress: Progress | None = None) -> Self:
         """Makes one from a stored memory.
 
         Args:
             name: For those who look into /proc, and for find().
             memory: What it is to hold.
+            progress: Told ("template", bytes done, bytes of the memory).
 
         Raises:
             MachineError: There is not enough memory.
@@ -90,7 +92,7 @@ class Template:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, memory.size)
-            _fill(fd, memory, extents)
+            _fill(fd, memory, extents, progress or (lambda _step, _done, _total: None))
             return cls.seal(fd, memory.size)
         except BaseException:
             os.close(fd)
@@ -141,7 +143,7 @@ class Template:
             os.close(fd)
 
 
-def _fill(fd: int, memory: Memory, extents: list[Extent]) -> None:
+def _fill(fd: int, memory: Memory, extents: list[Extent], progress: Progress) -> None:
     """Copies what is stored, by writing: in a mapping, memory that is not there is a signal and no error."""
     buffer = memoryview(bytearray(_PIECE))
     try:
@@ -150,7 +152,9 @@ def _fill(fd: int, memory: Memory, extents: list[Extent]) -> None:
             for offset in range(extent.offset, end, _PIECE):
                 piece = buffer[: min(_PIECE, end - offset)]
                 memory.preadinto(piece, offset)
-                os.pwrite(fd, piece, offset)
+                if os.pwrite(fd, piece, offset) != len(piece):
+                    raise MachineError("no memory left for a template", hint="stop some machines")
+                progress("template", offset + len(piece), memory.size)
     except OSError as error:
         raise MachineError(
             f"no memory left for a template: {error.strerror}", hint="stop some machines"

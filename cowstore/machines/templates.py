@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from .stores import Checkpoint, Checkpoints
+from .stores import Checkpoint, Checkpoints, Progress, no_progress
 from .template import Template, available
 
 NAME = "cowstore-memory"  # of the files, for those who look into /proc: a child has one, that of its checkpoint
@@ -32,8 +32,13 @@ class Templates:
         self._users: dict[int, int] = {}
 
     @contextmanager
-    def held(self, checkpoint: Checkpoint) -> Iterator[Template]:
-        """A checkpoint's template, open at least as long as the block lasts."""
+    def held(self, checkpoint: Checkpoint, progress: Progress = no_progress) -> Iterator[Template]:
+        """A checkpoint's template, open at least as long as the block lasts.
+
+        Args:
+            checkpoint: The checkpoint.
+            progress: Told ("template", bytes done, bytes of the memory) where it has to be built.
+        """
         number = checkpoint.number
         with self._lock:
             building = self._building.setdefault(number, threading.Lock())
@@ -42,7 +47,7 @@ class Templates:
             with building:
                 template = self._templates.get(number)
                 if template is None:
-                    template = self._find(checkpoint) or self._build(checkpoint)
+                    template = self._find(checkpoint) or self._build(checkpoint, progress)
                     with self._lock:
                         self._templates[number] = template
             yield template
@@ -63,9 +68,9 @@ class Templates:
                 return found
         return None
 
-    def _build(self, checkpoint: Checkpoint) -> Template:
+    def _build(self, checkpoint: Checkpoint, progress: Progress) -> Template:
         with self._checkpoints.memory(checkpoint.name) as memory:
-            return Template.build(NAME, memory)
+            return Template.build(NAME, memory, progress)
 
     def put(self, number: int, template: Template) -> None:
         """Keeps a template that was made elsewhere."""

@@ -94,7 +94,7 @@ class Commands:
 
     @property
     def client(self) -> Client:
-        return Client(self.place / "control.sock")
+        return Client(self.place / "vm.sock")
 
     def servers(self) -> list[int]:
         """The processes of servers: those that have the store in their command line."""
