@@ -7,6 +7,7 @@ to the checkpoint. Who dies in between leaves hidden images without an owner, wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -118,6 +119,7 @@ class Pending:
         self._environment = environment
         self._images: list[int] = []  # everything to be dropped if it comes to nothing
         self._memory = self._state = 0
+        self._created = time.time_ns()
         self._owner = owner = workshop.reservations.lease_number
         with environment.write() as writer:
             found = [catalog.find(writer, name, CLONE) for name in disks]
@@ -181,9 +183,9 @@ class Pending:
         with self._environment.write() as writer:
             catalog.check_free_checkpoint(writer, name)
             images = (self._memory, self._state, *(disk.number for disk in self._disks))
-            created, flags = _image(writer, self._memory).created, AUTOMATIC if automatic else 0
+            flags = AUTOMATIC if automatic else 0
             record = CheckpointRecord(
-                writer.number(), name, created, images[0], images[1], images[2:], configuration, flags
+                writer.number(), name, self._created, images[0], images[1], images[2:], configuration, flags
             )
             if len(record.encode()) > RECORD_LIMIT:
                 raise InvalidError(f"the configuration of checkpoint {name!r} is too large")

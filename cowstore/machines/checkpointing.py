@@ -86,10 +86,12 @@ class Stillness:
         """Has the machine go on; harmless when it never stood still, or does no more."""
         if not self._begun or self._seconds:
             return
-        self._running.resume()  # where that fails it may be tried again, now or by the next manager
-        self._seconds = time.monotonic() - self._begun
-        if self.frozen:
-            thaw(self._host, self._machine)
+        try:
+            self._running.resume()  # where that fails it may be tried again, now or by the next manager
+            self._seconds = time.monotonic() - self._begun
+        finally:
+            if self.frozen:  # whether it was stopped or not: it may run with its file systems frozen
+                thaw(self._host, self._machine)
         self._host.registry.change(self._machine, held=False)
 
 

@@ -252,3 +252,16 @@ def _private(bench: Bench, manager: Manager) -> None:
         parts.append((manager.info(child.name).memory["private_bytes"] - before) / (written * PAGE))
         manager.stop(child.name)
     bench.within("private guest memory for each byte that a child wrote", Sample(tuple(parts)), 1.1, "")
+    (child,) = manager.fork("moment", 1, prefix="private-", wish=AS_IT_IS)
+    time.sleep(4)  # of its light work
+    one = manager.info(child.name)
+    guest = one.memory["private_bytes"]
+    bench.fact("private host memory of a child after 4 s, its guest's pages", Sample((float(guest),)), "B")
+    bench.fact("the same, the hypervisor's own", Sample((float(_private_bytes(one.pid) - guest),)), "B")
+    manager.stop(child.name)
+
+
+def _private_bytes(pid: int) -> int:
+    """What a process has for itself alone; see proc_pid_smaps(5)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
