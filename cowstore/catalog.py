@@ -114,22 +114,29 @@ def find(snapshot: Snapshot, name: str, kind: int = 0) -> DeviceRecord:
         InvalidError: The name cannot be one.
     """
     wanted = KINDS.get(kind, "device")
-    if _NUMBER.match(name):
-        record = by_number(snapshot, int(name[1:]))
-        if record is None or not record.visible:
-            raise NotFoundError(wanted, name, hint="it was deleted")
-    else:
-        key = snapshot.get(NAMES, check_name(name).encode())
-        if key is None:
-            raise NotFoundError(wanted, name, hint="`cowstore ls` shows all names")
-        record = by_number(snapshot, layout.key_number(key))
-        if record is None:
-            raise CatalogCorruptError("catalog", f"the name {name!r} leads nowhere")
+    record = _numbered(snapshot, name) if _NUMBER.match(name) else _named(snapshot, name)
+    if record is None:
+        raise NotFoundError(wanted, name, hint="`cowstore ls` shows all names")
     if is_gone(record):
         raise NotFoundError(wanted, name, hint="it was ephemeral and went with the last boot")
     if kind and record.kind != kind:
         raise NotFoundError(wanted, name, hint=f"{name} is {'an image' if record.kind == IMAGE else 'a clone'}")
     return record
+
+
+def _named(snapshot: Snapshot, name: str) -> DeviceRecord | None:
+    key = snapshot.get(NAMES, check_name(name).encode())
+    if key is None:
+        return None
+    record = by_number(snapshot, layout.key_number(key))
+    if record is None:
+        raise CatalogCorruptError("catalog", f"the name {name!r} leads nowhere")
+    return record
+
+
+def _numbered(snapshot: Snapshot, name: str) -> DeviceRecord | None:
+    record = by_number(snapshot, int(name[1:]))
+    return record if record is not None and record.visible else None
 
 
 def devices(snapshot: Snapshot) -> Iterator[DeviceRecord]:
